@@ -1,0 +1,40 @@
+# The two commands of the README, and what they need. `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DONE := $(VENV)/.done
+
+.PHONY: help setup train test lint lock clean
+help:
+	@echo "make train   set up and train the language model of experiments/lm.py"
+	@echo "make test    set up and run all tests"
+	@echo "make lint    set up and check format, lint and lock file"
+	@echo "make lock    resolve requirements.lock anew"
+	@echo "make clean   remove the virtual environment"
+	@echo "options: PYTHON=python3.12 VENV=.venv-3.12"
+
+setup: $(DONE)
+
+$(DONE): pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	touch $@
+
+train: $(DONE)
+	$(BIN)/jaxformers train experiments/lm.py
+
+test: $(DONE)
+	$(BIN)/python -m pytest -q -n 2
+
+lint: $(DONE)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lock:
+	uv pip compile --universal --generate-hashes --no-header --quiet \
+	  --python-version 3.11 --extra dev pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf $(VENV)

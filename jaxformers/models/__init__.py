@@ -1,0 +1,4 @@
+"""Models assembled from the parts in `jaxformers.nn`."""
+
+from jaxformers.models.language_model import LanguageModel
+from jaxformers.models.language_model import LanguageModelState

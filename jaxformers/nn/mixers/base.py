@@ -1,0 +1,76 @@
+"""What stands between tokens: the contract of all sequence mixers."""
+
+from typing import Any, Protocol
+
+from jax import Array
+from jaxtyping import Float, Int
+
+State = Any
+"""A pytree of arrays whose leading axis is the batch; what it holds is the
+mixer's own business."""
+
+
+class Mixer(Protocol):
+  """A layer that moves information between the tokens of a sequence.
+
+  One call serves training, segment recurrence, prefill and decoding. With
+  `state=None` a fresh sequence begins and nothing is carried: the second result
+  is None. With a state any number of tokens may be fed, and feeding a sequence
+  in any pieces gives what feeding it whole gives. Positions count from the
+  state.
+
+  Side outputs go through `self.sow` into the collections `losses` (scalars to
+  be minimised) and `diagnostics`; statistics that change while training live in
+  the collection `statistics`.
+  """
+
+  @property
+  def causal(self) -> bool:
+    """Whether no output depends on a later input; only then is there a state."""
+    ...
+
+  def __call__(
+    self,
+    x_BLD: Float[Array, 'B L D'],
+    state: State | None = None,
+    *,
+    segments_BL: Int[Array, 'B L'] | None = None,
+    deterministic: bool = True,
+  ) -> tuple[Float[Array, 'B L D'], State | None]:
+    """Mixes.
+
+    Args:
+      x_BLD: one vector per token.
+      state: what earlier calls returned, or `initial_state`.
+      segments_BL: packing ids, 0 for padding; None for one segment, number 1.
+        Tokens see their own segment only; padding leaves the state alone, and
+        what comes out at it is of no meaning, but finite.
+      deterministic: False where dropout and other noise shall act.
+
+    Returns:
+      Vectors like `x_BLD`, and the new state, or None if none was given.
+    """
+    ...
+
+  def initial_state(
+    self, batch_size: int, max_length: int, width: int, dtype: Any
+  ) -> State:
+    """Returns the state of rows of which nothing has been read.
+
+    Args:
+      batch_size: number of rows B.
+      max_length: how many tokens a row may get in all.
+      width: D, the width of the input.
+      dtype: of the activations.
+    """
+    ...
+
+
+def require_causal(mixer: Mixer) -> None:
+  """Raises unless the mixer is causal, for those who want a state of it."""
+  if not mixer.causal:
+    raise ValueError(
+      f'{type(mixer).__name__} sees tokens that come later, so it has no '
+      'state and cannot read a sequence in pieces; give it a causal mask, or '
+      'feed whole sequences with state=None.'
+    )

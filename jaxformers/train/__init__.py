@@ -1,0 +1,13 @@
+"""Training: experiments, the loop, and runs to come back to."""
+
+from jaxformers.train.baseline import NGram
+from jaxformers.train.experiment import Experiment
+from jaxformers.train.experiment import Preview
+from jaxformers.train.loop import train
+from jaxformers.train.objective import Losses
+from jaxformers.train.objective import NextToken
+from jaxformers.train.objective import Objective
+from jaxformers.train.run import Run
+from jaxformers.train.run import open_run
+from jaxformers.train.sharding import MeshShape
+from jaxformers.train.state import TrainState

@@ -1,0 +1,252 @@
+"""The training loop, to be read from top to bottom."""
+
+from collections.abc import Callable
+import math
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from jaxformers.data import batches
+from jaxformers.train import record as records
+from jaxformers.train.checkpoint import Checkpoints
+from jaxformers.train.errors import RunFailed
+from jaxformers.train.evaluation import evaluate
+from jaxformers.train.experiment import Experiment
+from jaxformers.train.figure import plot_loss
+from jaxformers.train.flops import matmul_flops
+from jaxformers.train.flops import peak_flops
+from jaxformers.train.interrupt import Interrupt
+from jaxformers.train.metrics import MetricsLog
+from jaxformers.train.program import Program
+from jaxformers.train.program import abstract_batch
+from jaxformers.train.program import build
+from jaxformers.train.progress import Progress
+from jaxformers.train.run import Run
+from jaxformers.train.run_directory import RunDirectory
+from jaxformers.train.state import TrainState
+
+
+def train(
+  experiment: Experiment, workdir: str | os.PathLike[str]
+) -> TrainState | None:
+  """Runs an experiment in a directory, or goes on where it stopped.
+
+  After kill -9 the same call goes on from the newest readable checkpoint, and
+  from there `metrics.jsonl` gets the bits that it would have got.
+
+  Args:
+    experiment: the run.
+    workdir: holds the run; made if missing. One that holds the same experiment
+      is resumed, one that holds anything else is refused.
+
+  Returns:
+    The final state, or None if a signal asked to leave before the end.
+
+  Raises:
+    RunFailed: if a loss is not finite, or a checkpoint cannot be written.
+    ValueError: if the parts of the experiment, or the directory, do not fit.
+  """
+  directory = RunDirectory(pathlib.Path(workdir))
+  process = jax.process_index()
+  with directory.locked(process):
+    record = records.to_record(experiment)
+    program = build(experiment, experiment.data.prepare())
+    directory.prepare(
+      record, device=jax.devices()[0].device_kind, process=process
+    )
+    say = print if process == 0 else _silent
+    with (
+      Checkpoints(
+        directory.checkpoints,
+        keep_latest=experiment.keep_latest,
+        keep_best=experiment.keep_best,
+        report=say,
+      ) as checkpoints,
+      Interrupt() as interrupt,
+    ):
+      # Where a run starts: 1. its newest checkpoint that can be read; 2. afresh.
+      restored = checkpoints.restore('latest', program.abstract_state)
+      state = restored.state if restored else program.init()
+      first = int(state.step)
+      say(_opening(program, directory, first))
+      if first < experiment.steps:
+        state = _run(program, directory, checkpoints, interrupt, state, record)
+    if int(state.step) < experiment.steps:
+      say(
+        f'Left after step {int(state.step)} because of '
+        f'{interrupt.requested}; the same command goes on from there.'
+      )
+      return None
+    if process == 0:
+      _finish(program, directory, state, say)
+    return state
+
+
+def _run(program, directory, checkpoints, interrupt, state, record):
+  """Runs the steps that are left and returns the last state."""
+  experiment, first = program.experiment, int(state.step)
+  rows = batches(
+    program.prepared.train,
+    batch_size=experiment.batch_size,
+    seed=experiment.seed,
+    first_step=first,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  with (
+    MetricsLog(
+      directory.metrics, directory.events, first_step=first + 1
+    ) as log,
+    Progress(**_meter(program), first_step=first) as progress,
+  ):
+    pending = None  # Metrics of the step before: read while the device works.
+
+    def settle():
+      nonlocal pending
+      if pending is not None:
+        _report(*pending, log, progress, experiment.non_finite)
+      pending = None
+
+    for step, batch in enumerate(program.place(rows), start=first + 1):
+      state, metrics = program.train_step(state, batch)
+      settle()
+      pending = step, metrics
+      leaving = interrupt.requested or step == experiment.steps
+      heldout = None
+      if step % experiment.evaluate_every == 0 or step == experiment.steps:
+        settle()
+        with progress.pause():
+          heldout = _evaluate(program, state, step)
+        log.write(step, 'heldout', heldout)
+        progress.message(_summary(step, heldout))
+      if step % experiment.checkpoint_every == 0 or leaving:
+        settle()  # No checkpoint of a step whose loss was not finite.
+        with progress.pause():
+          checkpoints.save(
+            step,
+            state,
+            progress={'step': step, 'seed': experiment.seed},
+            record=record,
+            metrics=heldout and {'heldout_loss': heldout['loss']},
+          )
+      if leaving:
+        checkpoints.wait()
+        return state
+
+
+def _report(step, metrics, log, progress, non_finite):
+  """Writes the metrics of a step and stops the run if they are not finite."""
+  values = {name: float(v) for name, v in jax.device_get(metrics).items()}
+  log.write(step, 'train', values)
+  progress.update(step, values)
+  bad = [name for name, value in values.items() if not math.isfinite(value)]
+  if bad and non_finite == 'stop':
+    shown = ', '.join(f'{name} {value:g}' for name, value in values.items())
+    raise RunFailed(
+      f'step {step}: {" and ".join(bad)} not finite ({shown}). Nothing of '
+      'this step was saved. Lower the learning rate, clip gradients, or set '
+      "non_finite='skip' to leave out such updates."
+    )
+
+
+def _evaluate(program: Program, state: TrainState, step: int):
+  """Measures held-out losses; at the end on all rows."""
+  last = step == program.experiment.steps
+  limit = None if last else program.experiment.evaluate_batches
+  return evaluate(
+    program.evaluate_step,
+    state,
+    program.heldout(limit),
+    program.prepared.facts.get('heldout_bytes_per_token'),
+  )
+
+
+def _meter(program: Program) -> dict[str, Any]:
+  """Returns what the progress display needs to know of the work."""
+  experiment = program.experiment
+  batch = abstract_batch(experiment, program.prepared, program.mesh)
+  jaxpr = jax.make_jaxpr(program.train_step)(program.abstract_state, batch)
+  peak = peak_flops(jax.devices()[0])
+  return {
+    'total_steps': experiment.steps,
+    'tokens_per_step': next(iter(batch.values())).size,
+    'flops_per_step': matmul_flops(jaxpr.jaxpr),
+    'peak_flops': peak and peak * program.mesh.size,
+  }
+
+
+def _opening(program: Program, directory: RunDirectory, first: int) -> str:
+  """Returns what a run says before it begins."""
+  experiment, facts = program.experiment, program.prepared.facts
+  count = sum(
+    leaf.size for leaf in jax.tree.leaves(program.abstract_state.params)
+  )
+  kind = jax.devices()[0].device_kind
+  corpus = ', '.join(
+    f'{facts[f"{split}_tokens"]:,} tokens {word}'
+    for split, word in (('train', 'to train on'), ('heldout', 'held out'))
+    if f'{split}_tokens' in facts
+  )
+  lines = [
+    f'{type(experiment.model).__name__}: {count:,} parameters on '
+    f'{program.mesh.size} x {kind}',
+    f'data: {facts.get("corpus", type(experiment.data).__name__)}; {corpus}',
+    f'run:  {directory.path} (steps {first + 1} to {experiment.steps})',
+  ]
+  if first >= experiment.steps:
+    lines[-1] = f'run:  {directory.path} is finished ({first} steps)'
+  elif first:
+    lines.append(f'resuming after step {first}')
+  return '\n'.join(lines)
+
+
+def _summary(step: int, heldout: dict[str, float]) -> str:
+  name = 'bits_per_byte' if 'bits_per_byte' in heldout else 'loss'
+  text = name.replace('_', ' ')
+  return f'step {step}: held-out {text} {heldout[name]:.3f}'
+
+
+def _finish(
+  program: Program,
+  directory: RunDirectory,
+  state: TrainState,
+  say: Callable[[str], None],
+) -> None:
+  """Shows what came of a finished run: result, figure and sample."""
+  experiment = program.experiment
+  baselines = {}
+  if experiment.baseline is not None:
+    bits = experiment.baseline.bits_per_byte(experiment.data)
+    if bits is not None:
+      baselines[experiment.baseline.label] = bits
+  last = log_end(directory)
+  if 'bits_per_byte' in last:
+    say(f'\nheld-out bits per byte: {last["bits_per_byte"]:.3f}')
+    for label, bits in baselines.items():
+      say(f'  {label} on the same split: {bits:.3f}')
+  plot_loss(
+    directory.metrics,
+    directory.figure,
+    title=directory.path.name,
+    baselines=baselines,
+  )
+  say(f'loss curve: {directory.figure}')
+  if experiment.preview is not None:
+    run = Run(experiment, state.variables, int(state.step))
+    directory.sample.write_bytes(text := run.preview())
+    say(f'sample:     {directory.sample}\n')
+    say(text.decode('utf-8', 'replace'))
+
+
+def log_end(directory: RunDirectory) -> dict[str, Any]:
+  """Returns the last held-out line of a run's metrics, {} if there is none."""
+  from jaxformers.train.metrics import read_metrics
+
+  lines = read_metrics(directory.metrics)
+  return next((x for x in reversed(lines) if x['split'] == 'heldout'), {})
+
+
+def _silent(text: str) -> None:
+  del text

@@ -1,0 +1,138 @@
+"""An experiment made ready to run: its mesh and its compiled functions."""
+
+from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from jaxformers.data import Prepared
+from jaxformers.data import heldout_batches
+from jaxformers.train.experiment import Experiment
+from jaxformers.train.objective import Batch
+from jaxformers.train.objective import Losses
+from jaxformers.train.sharding import batch_sharding
+from jaxformers.train.sharding import shardings
+from jaxformers.train.state import TrainState
+from jaxformers.train.step import Metrics
+from jaxformers.train.step import evaluate_step_of
+from jaxformers.train.step import init_state
+from jaxformers.train.step import train_step_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+  """Compiled functions of an experiment, and where everything lies.
+
+  Attributes:
+    experiment: the run.
+    prepared: its data.
+    mesh: its devices.
+    abstract_state: shapes, dtypes and shardings of its state.
+    init: makes the first state.
+    train_step: updates a state, which it consumes, by a batch.
+    evaluate_step: measures a batch.
+  """
+
+  experiment: Experiment
+  prepared: Prepared
+  mesh: Mesh
+  abstract_state: TrainState
+  init: Callable[[], TrainState]
+  train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+  evaluate_step: Callable[[TrainState, Batch], Losses]
+
+  def place(self, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[Batch]:
+    """Puts this process's part of each batch onto its devices."""
+    for batch in batches:
+      yield {
+        name: jax.make_array_from_process_local_data(
+          batch_sharding(self.mesh, array.ndim), array
+        )
+        for name, array in batch.items()
+      }
+
+  def heldout(self, limit: int | None = None) -> Iterator[Batch]:
+    """Returns held-out batches on the devices; at most `limit` if given."""
+    return self.place(
+      heldout_batches(
+        self.prepared.heldout,
+        self.experiment.batch_size,
+        limit,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+      )
+    )
+
+
+def build(experiment: Experiment, prepared: Prepared) -> Program:
+  """Makes an experiment ready to run; nothing is computed yet.
+
+  Args:
+    experiment: the run.
+    prepared: its data, prepared.
+
+  Raises:
+    ValueError: if model, data and mesh do not fit each other.
+  """
+  check_vocabulary(experiment, prepared)
+  mesh = experiment.mesh.build()
+  batch = abstract_batch(experiment, prepared, mesh)
+  shapes = jax.eval_shape(lambda: init_state(experiment, batch))
+  places = shardings(shapes, mesh)
+  abstract_state = jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+    shapes,
+    places,
+  )
+  return Program(
+    experiment=experiment,
+    prepared=prepared,
+    mesh=mesh,
+    abstract_state=abstract_state,
+    init=jax.jit(lambda: init_state(experiment, batch), out_shardings=places),
+    train_step=jax.jit(
+      train_step_of(experiment),
+      donate_argnums=0,
+      out_shardings=(places, None),
+    ),
+    evaluate_step=jax.jit(evaluate_step_of(experiment)),
+  )
+
+
+def abstract_batch(
+  experiment: Experiment, prepared: Prepared, mesh: Mesh
+) -> dict[str, Any]:
+  """Returns shapes, dtypes and shardings of a batch.
+
+  Raises:
+    ValueError: if the batch does not divide among the devices.
+  """
+  parts = mesh.shape['data'] * mesh.shape['fsdp'] * experiment.accumulate
+  if experiment.batch_size % parts:
+    raise ValueError(
+      f'batch_size {experiment.batch_size} does not divide into {parts} '
+      'parts (mesh axes data x fsdp, times accumulate); change one of them.'
+    )
+  rows = {
+    name: np.broadcast_to(array, (experiment.batch_size, *array.shape))
+    for name, array in prepared.train[0].items()
+  }
+  return {
+    name: jax.ShapeDtypeStruct(
+      a.shape, a.dtype, sharding=batch_sharding(mesh, a.ndim)
+    )
+    for name, a in rows.items()
+  }
+
+
+def check_vocabulary(experiment: Experiment, prepared: Prepared) -> None:
+  """Raises if the data holds tokens that the model does not know."""
+  known = getattr(experiment.model, 'vocab_size', None)
+  if known is not None and known < prepared.vocab_size:
+    raise ValueError(
+      f'the data has {prepared.vocab_size} different tokens, the model '
+      f'knows {known}; set model.vocab_size={prepared.vocab_size} or more.'
+    )

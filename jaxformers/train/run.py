@@ -1,0 +1,166 @@
+"""A trained run, opened to be used."""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxformers.decode import Sampler
+from jaxformers.decode import stream
+from jaxformers.train import record as records
+from jaxformers.train.checkpoint import Checkpoints
+from jaxformers.train.errors import RunFailed
+from jaxformers.train.evaluation import evaluate
+from jaxformers.train.experiment import Experiment
+from jaxformers.train.program import build
+from jaxformers.train.run_directory import RunDirectory
+from jaxformers.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+  """A model with the variables it learned.
+
+  Attributes:
+    experiment: what made it.
+    variables: the variables of the model.
+    step: after how many steps.
+  """
+
+  experiment: Experiment
+  variables: dict[str, Any]
+  step: int
+
+  def sample(
+    self,
+    prompts: Sequence[str],
+    *,
+    tokens: int = 200,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: str | None = None,
+    seed: int = 0,
+  ) -> Iterator[tuple[int, bytes]]:
+    """Continues prompts, giving text while it is produced.
+
+    Args:
+      prompts: texts to continue.
+      tokens: how many tokens to add to each, at most.
+      temperature: see `jaxformers.decode.Sampler`, like the next two.
+      top_k: how many of the likeliest tokens to draw from.
+      top_p: probability of the set of tokens to draw from.
+      stop: ends a text after this; must be one token, such as a newline.
+      seed: decides the draws.
+
+    Returns:
+      Iterator of the number of a prompt and a piece of its continuation.
+    """
+    tokenizer = self.experiment.data.tokenizer
+    stop_tokens = () if stop is None else (_single(tokenizer, stop),)
+    pieces = stream(
+      self.experiment.model,
+      self.variables,
+      [tokenizer.encode(prompt.encode()) for prompt in prompts],
+      max_new_tokens=tokens,
+      key=jax.random.key(seed),
+      sampler=Sampler(temperature, top_k, top_p),
+      stop_tokens=stop_tokens,
+    )
+    return _decoded(pieces, tokenizer)
+
+  def preview(self) -> bytes:
+    """Returns the text of the experiment's preview, prompt included."""
+    preview = self.experiment.preview
+    pieces = self.sample(
+      [preview.prompt],
+      tokens=preview.tokens,
+      temperature=preview.temperature,
+      top_p=preview.top_p,
+      seed=self.experiment.seed,
+    )
+    return preview.prompt.encode() + b''.join(piece for _, piece in pieces)
+
+  def evaluate(self, experiment: Experiment | None = None) -> dict[str, float]:
+    """Measures the model on all held-out rows.
+
+    Args:
+      experiment: gives other data, batch size or mesh than those of training;
+        the model must be the same. None for those of training.
+    """
+    experiment = experiment or self.experiment
+    if experiment.model != self.experiment.model:
+      raise ValueError(
+        'the model of a trained run is fixed; change the data, the batch size '
+        'or the mesh only.'
+      )
+    program = build(experiment, experiment.data.prepare())
+    state = TrainState(
+      np.int32(self.step),
+      self.variables['params'],
+      {k: v for k, v in self.variables.items() if k != 'params'},
+      (),
+      np.int32(0),
+    )
+    return evaluate(
+      program.evaluate_step,
+      state,
+      program.heldout(),
+      program.prepared.facts.get('heldout_bytes_per_token'),
+    )
+
+
+def open_run(
+  workdir: str | os.PathLike[str],
+  *,
+  checkpoint: int | str = 'latest',
+  classes: dict[str, type] | None = None,
+) -> Run:
+  """Opens a run from its record and a checkpoint.
+
+  No code in the directory is executed: the record names classes, and only those
+  in `classes` are made.
+
+  Args:
+    workdir: the directory of the run.
+    checkpoint: `'latest'`, `'best'` (lowest held-out loss) or a step.
+    classes: the classes that the record may name; None for the library's.
+
+  Raises:
+    FileNotFoundError: if there is no run.
+    ValueError: if it has no such checkpoint.
+    RunFailed: if none can be read.
+  """
+  directory = RunDirectory(pathlib.Path(workdir))
+  classes = records.known_classes() if classes is None else classes
+  experiment = records.from_record(directory.load(), classes)
+  program = build(experiment, experiment.data.prepare())
+  with Checkpoints(directory.checkpoints, read_only=True) as checkpoints:
+    restored = checkpoints.restore(checkpoint, program.abstract_state)
+  if restored is None:
+    raise RunFailed(
+      f'{directory.path} has no {checkpoint} checkpoint yet; train it first, '
+      'or ask for another.'
+    )
+  return Run(experiment, restored.state.variables, restored.step)
+
+
+def _single(tokenizer, text):
+  ids = tokenizer.encode(text.encode())
+  if len(ids) != 1:
+    raise ValueError(
+      f'stop must be one token, but {text!r} is {len(ids)}; choose a shorter '
+      'one, such as a newline.'
+    )
+  return int(ids[0])
+
+
+def _decoded(pieces, tokenizer):
+  for piece in pieces:
+    for row, ids in enumerate(piece):
+      if len(ids):
+        yield row, tokenizer.decode(ids)

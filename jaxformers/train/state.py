@@ -1,0 +1,33 @@
+"""What a training run carries from step to step."""
+
+from typing import Any, NamedTuple
+
+from jax import Array
+from jaxtyping import Int
+import optax
+
+
+class TrainState(NamedTuple):
+  """Everything that a training step reads and writes.
+
+  There is no random key: the randomness of a step is a function of the seed and
+  the step number, and so is its batch.
+
+  Attributes:
+    step: int32 `[]`, number of finished steps.
+    params: the parameters.
+    statistics: the other collections of variables, such as running averages.
+    optimizer_state: state of the optax transformation.
+    skipped: int32 `[]`, steps whose update was skipped as not finite.
+  """
+
+  step: Int[Array, '']
+  params: Any
+  statistics: Any
+  optimizer_state: optax.OptState
+  skipped: Int[Array, '']
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """The variables of the model."""
+    return {'params': self.params, **self.statistics}

@@ -1,0 +1,155 @@
+"""One update of the parameters, and one measurement."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+import optax
+
+from jaxformers.train.experiment import Experiment
+from jaxformers.train.objective import Batch
+from jaxformers.train.objective import Losses
+from jaxformers.train.state import TrainState
+
+Metrics = dict[str, Array]
+
+
+def init_state(experiment: Experiment, batch: Batch) -> TrainState:
+  """Returns the state before the first step; a function of the seed alone.
+
+  Args:
+    experiment: the run.
+    batch: arrays, or anything with their shapes and dtypes.
+  """
+  batch = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), batch)
+  key = jax.random.fold_in(jax.random.key(experiment.seed), 0)
+  variables = experiment.objective.init(experiment.model, key, batch)
+  params = variables.pop('params')
+  optimizer = experiment.optimizer.build(experiment.steps)
+  zero = jnp.zeros([], jnp.int32)
+  return TrainState(
+    zero, params, variables, optimizer.init(params), jnp.copy(zero)
+  )
+
+
+def train_step_of(
+  experiment: Experiment,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns the function that updates a state by one batch.
+
+  The update is that of the whole batch whatever `accumulate` is. Metrics are
+  float32 scalars: `loss`, each task if there are several, the objective's own,
+  `gradient_norm` before clipping, `learning_rate`, `targets` (how many were
+  predicted) and `skipped` (updates skipped so far).
+  """
+  optimizer = experiment.optimizer.build(experiment.steps)
+  rate = experiment.optimizer.learning_rate.schedule(experiment.steps)
+
+  def train_step(state, batch):
+    key = jax.random.fold_in(jax.random.key(experiment.seed), state.step + 1)
+    gradients, losses = _gradients(experiment, state, batch, key)
+    norm = optax.global_norm(gradients)
+    updates, optimizer_state = optimizer.update(
+      gradients, state.optimizer_state, state.params, value=losses.total
+    )
+    new = state._replace(
+      params=optax.apply_updates(state.params, updates),
+      statistics={**state.statistics, **losses.variables},
+      optimizer_state=optimizer_state,
+    )
+    if experiment.non_finite == 'skip':
+      new = _unless(jnp.isfinite(losses.total + norm), new, state)
+    metrics = {
+      'loss': losses.total,
+      **(losses.tasks if len(losses.tasks) > 1 else {}),
+      **losses.metrics,
+      'gradient_norm': norm,
+      'learning_rate': jnp.asarray(rate(state.step), jnp.float32),
+      'targets': losses.weight,
+      'skipped': new.skipped.astype(jnp.float32),
+    }
+    return new._replace(step=state.step + 1), metrics
+
+  return train_step
+
+
+def _unless(finite, new, old):
+  """Returns `new`, or `old` with one more skipped step if not finite."""
+  kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+  return kept._replace(skipped=old.skipped + jnp.where(finite, 0, 1))
+
+
+def evaluate_step_of(
+  experiment: Experiment,
+) -> Callable[[TrainState, Batch], Losses]:
+  """Returns the function that measures the losses of a held-out batch."""
+
+  def evaluate_step(state, batch):
+    key = jax.random.key(experiment.seed)
+    losses = experiment.objective.loss(
+      experiment.model, state.variables, batch, key, deterministic=True
+    )
+    return losses._replace(variables={})
+
+  return evaluate_step
+
+
+def _gradients(experiment, state, batch, key):
+  """Returns gradients and losses of the whole batch, part by part."""
+
+  def objective(params, statistics, part, key):
+    losses = experiment.objective.loss(
+      experiment.model,
+      {'params': params, **statistics},
+      part,
+      key,
+      deterministic=False,
+    )
+    return losses.total, losses
+
+  gradient = jax.grad(objective, has_aux=True)
+  parts = experiment.accumulate
+  if parts == 1:
+    return gradient(state.params, state.statistics, batch, key)
+
+  def add(carry, part_and_index):
+    part, index = part_and_index
+    statistics, sums, weight = carry
+    gradients, losses = gradient(
+      state.params, statistics, part, jax.random.fold_in(key, index)
+    )
+    own = gradients, losses.tasks, losses.metrics
+    sums = jax.tree.map(lambda s, a: s + losses.weight * a, sums, own)
+    statistics = {**statistics, **losses.variables}
+    return (statistics, sums, weight + losses.weight), None
+
+  cut = jax.tree.map(lambda a: _parts(a, parts), batch)
+  first = jax.tree.map(lambda a: a[0], cut)
+  zeros = _zeros_like_result(gradient, state, first, key)
+  carry = state.statistics, zeros, jnp.zeros([], jnp.float32)
+  (statistics, sums, weight), _ = jax.lax.scan(
+    add, carry, (cut, jnp.arange(parts))
+  )
+  scale = 1 / jnp.maximum(weight, 1)
+  gradients, tasks, metrics = jax.tree.map(lambda s: s * scale, sums)
+  return gradients, Losses(tasks, metrics, statistics, weight)
+
+
+def _parts(array, parts):
+  """Cuts `[B, ...]` into `[parts, B / parts, ...]`, each over all devices.
+
+  Rows are dealt out in turn, so that a part of a batch that is sharded in
+  contiguous pieces has rows on every device and none has to move.
+  """
+  dealt = array.reshape(array.shape[0] // parts, parts, *array.shape[1:])
+  return dealt.swapaxes(0, 1)
+
+
+def _zeros_like_result(gradient, state, part, key) -> Any:
+  gradients, losses = jax.eval_shape(
+    gradient, state.params, state.statistics, part, key
+  )
+  shapes = gradients, losses.tasks, losses.metrics
+  return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
