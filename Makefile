@@ -26,7 +26,7 @@ train: $(DONE)
 	$(BIN)/jaxformers train experiments/lm.py
 
 test: $(DONE)
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 lint: $(DONE)
 	$(BIN)/ruff check .

@@ -3,8 +3,8 @@
 One file around `orbax.checkpoint.CheckpointManager`. What it adds: the
 checkpoints that are kept are the newest *and* the best; every file is sealed
 with checksums; a damaged checkpoint is noticed, named and stepped over; a
-failed save says what is still good; a model that does not fit its checkpoint is told
-which parameter differs.
+failed save says what is still good; a model that does not fit its checkpoint is
+told which parameter differs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -307,10 +307,13 @@ class Checkpoints:
       held-out loss).
 
     Raises:
-      RunFailed: there are checkpoints, but none that was asked for can be read.
+      RunFailed: there are checkpoints, but none that was asked for can be read;
+        or a save in the background failed.
       ValueError: there is no checkpoint of that step, or the state saved in it
         is not of this structure, these shapes and dtypes.
     """
+    self.wait()
+    self._manager.reload()
     broken = {}
     for step in self._candidates(which):
       if damage := self._damage(step):

@@ -1,8 +1,8 @@
 """Checksums of every file of a folder, kept in the folder itself.
 
 The format in which checkpoints are written protects its index, but not the
-numbers: a flipped bit in a data file is read back as another weight, without any
-complaint. So each checkpoint carries a seal, the size and CRC-32 of each of
+numbers: a flipped bit in a data file is read back as another weight, without
+any complaint. So each checkpoint carries a seal, the size and CRC-32 of each of
 its files. It is written before the folder gets its final name, so a checkpoint
 either has its seal or does not exist, and checked before anything is restored.
 

@@ -50,7 +50,7 @@ def train_step_of(
   def train_step(state, batch):
     key = jax.random.fold_in(jax.random.key(experiment.seed), state.step + 1)
     gradients, losses = _gradients(experiment, state, batch, key)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     updates, optimizer_state = optimizer.update(
       gradients, state.optimizer_state, state.params, value=losses.total
     )

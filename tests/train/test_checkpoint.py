@@ -444,14 +444,17 @@ def test_failed_save_does_not_hide_why_a_run_stopped(tmp_path):
   told = []
   checkpoints = Checkpoints(directory, report=told.append)
   checkpoints.save(4, {'w': jnp.ones(3)}, progress={}, record={})
-  failing = lambda: (_ for _ in ()).throw(OSError(5, 'I/O error', 'disk'))
-  checkpoints._manager.wait_until_finished, wait = (
-    failing,
-    checkpoints._manager.wait_until_finished,
-  )
+  wait = checkpoints._manager.wait_until_finished
+  errors = [OSError(5, 'I/O error', 'disk')]
+
+  def fail_once():
+    wait()
+    if errors:
+      raise errors.pop()
+
+  checkpoints._manager.wait_until_finished = fail_once
   with contextlib.suppress(ZeroDivisionError), checkpoints:
     raise ZeroDivisionError
-  wait()
   assert told[0].startswith('The checkpoint of step 4 could not be saved')
   assert 'I/O error (disk)' in told[0]
 
