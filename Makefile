@@ -8,7 +8,7 @@ DONE := $(VENV)/.done
 help:
 	@echo "make train   set up and train the language model of experiments/lm.py"
 	@echo "make test    set up and run all tests"
-	@echo "make lint    set up and check format, lint and lock file"
+	@echo "make lint    set up and check format and lint"
 	@echo "make lock    resolve requirements.lock anew"
 	@echo "make clean   remove the virtual environment"
 	@echo "options: PYTHON=python3.12 VENV=.venv-3.12"

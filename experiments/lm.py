@@ -18,6 +18,7 @@ from jaxformers.nn import FeedForward
 from jaxformers.nn import Stack
 from jaxformers.nn.mixers import Attention
 from jaxformers.ops import Rotary
+from jaxformers.ops import Window
 from jaxformers.optim import AdamW
 from jaxformers.optim import WarmupCosine
 from jaxformers.train import Experiment
@@ -27,16 +28,22 @@ from jaxformers.train import NGram
 def experiment() -> Experiment:
   """Returns the experiment."""
   block = Block(
-    mixer=Attention(num_heads=4, position=Rotary()),
-    feedforward=FeedForward(hidden=512, activation='squared_relu'),
+    # A window as long as the training rows changes nothing in training, and
+    # keeps distances familiar when a sample grows longer than a row.
+    mixer=Attention(num_heads=3, mask=Window(128), position=Rotary()),
+    feedforward=FeedForward(hidden=768, activation='squared_relu'),
   )
   return Experiment(
     model=LanguageModel(
-      vocab_size=256, width=128, stack=Stack(block=block, depth=4)
+      vocab_size=256,
+      width=192,
+      # Four layers compile in seconds unrolled, and then run a quarter faster.
+      stack=Stack(block=block, depth=4, scan=False),
     ),
-    data=TextData(length=256),
-    optimizer=AdamW(learning_rate=WarmupCosine(peak=4e-3, warmup_steps=100)),
+    data=TextData(length=128),
+    optimizer=AdamW(learning_rate=WarmupCosine(peak=3e-3, warmup_steps=100)),
     steps=1000,
     batch_size=16,
+    evaluate_every=250,
     baseline=NGram(context=5),
   )

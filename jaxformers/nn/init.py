@@ -6,11 +6,12 @@ parameter are inputs and which are outputs.
 
 from collections.abc import Callable, Sequence
 import dataclasses
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 
 
+@runtime_checkable
 class Initializer(Protocol):
   """A rule for the first values of a parameter."""
 

@@ -65,7 +65,9 @@ class Learned(nn.Module):
   ) -> Float[Array, 'B L D']:
     check_length(self, position_BL.shape[-1])
     table_LD = self.param(
-      'table_LD', self.initializer(in_axis=0, out_axis=1), (self.max_length, width)
+      'table_LD',
+      self.initializer(in_axis=0, out_axis=1),
+      (self.max_length, width),
     )
     # A plain gather would clamp; nan shows a position that only running knows.
     return table_LD.at[position_BL].get(mode='fill', fill_value=jnp.nan)

@@ -1,7 +1,7 @@
 """How the output of a layer joins its input."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 from jax import Array
@@ -12,6 +12,7 @@ from jaxformers.nn.norm import RMSNorm
 Branch = Callable[[Float[Array, 'B L D']], tuple[Float[Array, 'B L D'], Any]]
 
 
+@runtime_checkable
 class Residual(Protocol):
   """Owns the norm and the skip connection around a branch.
 

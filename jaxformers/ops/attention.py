@@ -12,7 +12,7 @@ The order is: positions, scale, scores, bias, mask, weights, output.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jax import Array
@@ -57,6 +57,7 @@ class Weights(NamedTuple):
   log_normalizer: Float[Array, '*B L']
 
 
+@runtime_checkable
 class Kind(Protocol):
   """How scores become the weights of values."""
 

@@ -8,7 +8,7 @@ holds everywhere. A scheme also says what a cache should keep of a key
 
 from collections.abc import Callable
 import dataclasses
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from jax import Array
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ class Branch(NamedTuple):
   region: Region | None = None
 
 
+@runtime_checkable
 class PositionScheme(Protocol):
   """How positions enter the scores of attention.
 

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 import dataclasses
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jax import Array
 from jaxtyping import Float
 
 
+@runtime_checkable
 class Scale(Protocol):
   """A multiplier of the attention scores, one number or one per query."""
 

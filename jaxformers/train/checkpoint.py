@@ -146,7 +146,10 @@ class Checkpoints:
       # A save that was killed leaves a folder of its own.
       cleanup_tmp_directories=not self._read_only,
       async_options=ocp.options.AsyncOptions(
-        post_finalization_callback=self._seal
+        post_finalization_callback=self._seal,
+        # In the background, a failure leaves threads of orbax that wait ten
+        # minutes for the folder and keep the process from ending.
+        create_directories_asynchronously=False,
       ),
     )
     try:

@@ -19,6 +19,7 @@ from jaxformers.train.flops import matmul_flops
 from jaxformers.train.flops import peak_flops
 from jaxformers.train.interrupt import Interrupt
 from jaxformers.train.metrics import MetricsLog
+from jaxformers.train.metrics import read_metrics
 from jaxformers.train.program import Program
 from jaxformers.train.program import abstract_batch
 from jaxformers.train.program import build
@@ -26,6 +27,7 @@ from jaxformers.train.progress import Progress
 from jaxformers.train.run import Run
 from jaxformers.train.run_directory import RunDirectory
 from jaxformers.train.state import TrainState
+from jaxformers.train.step import Metrics
 
 
 def train(
@@ -106,7 +108,7 @@ def _run(program, directory, checkpoints, interrupt, state, record):
     def settle():
       nonlocal pending
       if pending is not None:
-        _report(*pending, log, progress, experiment.non_finite)
+        report(*pending, log, progress, experiment.non_finite)
       pending = None
 
     for step, batch in enumerate(program.place(rows), start=first + 1):
@@ -136,11 +138,30 @@ def _run(program, directory, checkpoints, interrupt, state, record):
         return state
 
 
-def _report(step, metrics, log, progress, non_finite):
-  """Writes the metrics of a step and stops the run if they are not finite."""
+def report(
+  step: int,
+  metrics: Metrics,
+  log: MetricsLog,
+  progress: Progress,
+  non_finite: str,
+) -> None:
+  """Writes and shows the metrics of a step.
+
+  Args:
+    step: its number.
+    metrics: scalars on the device, which this waits for.
+    log: writes them.
+    progress: shows them.
+    non_finite: `'stop'` if such metrics end the run.
+
+  Raises:
+    RunFailed: if one is not finite and that shall stop the run.
+  """
   values = {name: float(v) for name, v in jax.device_get(metrics).items()}
   log.write(step, 'train', values)
   progress.update(step, values)
+  if timing := progress.timing:
+    log.write_timing(step, timing)
   bad = [name for name, value in values.items() if not math.isfinite(value)]
   if bad and non_finite == 'stop':
     shown = ', '.join(f'{name} {value:g}' for name, value in values.items())
@@ -221,7 +242,7 @@ def _finish(
     bits = experiment.baseline.bits_per_byte(experiment.data)
     if bits is not None:
       baselines[experiment.baseline.label] = bits
-  last = log_end(directory)
+  last = _last_heldout(directory)
   if 'bits_per_byte' in last:
     say(f'\nheld-out bits per byte: {last["bits_per_byte"]:.3f}')
     for label, bits in baselines.items():
@@ -240,10 +261,8 @@ def _finish(
     say(text.decode('utf-8', 'replace'))
 
 
-def log_end(directory: RunDirectory) -> dict[str, Any]:
+def _last_heldout(directory: RunDirectory) -> dict[str, Any]:
   """Returns the last held-out line of a run's metrics, {} if there is none."""
-  from jaxformers.train.metrics import read_metrics
-
   lines = read_metrics(directory.metrics)
   return next((x for x in reversed(lines) if x['split'] == 'heldout'), {})
 

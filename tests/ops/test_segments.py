@@ -39,7 +39,9 @@ def test_any_pieces_give_what_counting_gives(rows, cuts):
     places, cursor = advance(cursor, ids[:, start : start + size])
     found.append(places)
     start += size
-  positions, numbers = (np.concatenate(a, axis=1) for a in zip(*found, strict=True))
+  positions, numbers = (
+    np.concatenate(a, axis=1) for a in zip(*found, strict=True)
+  )
   for b in range(2):
     expected_positions, expected_numbers = counted(rows[b])
     np.testing.assert_array_equal(numbers[b], expected_numbers)

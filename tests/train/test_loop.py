@@ -62,14 +62,14 @@ def test_a_run_leaves_metrics_events_checkpoints_figure_and_sample(finished):
 
 def stop_after(monkeypatch, step):
   """Makes SIGTERM arrive while the given step is being reported."""
-  report = loop._report
+  report = loop.report
 
   def reporting(at, *arguments):
     if at == step:
       os.kill(os.getpid(), signal.SIGTERM)
     return report(at, *arguments)
 
-  monkeypatch.setattr(loop, '_report', reporting)
+  monkeypatch.setattr(loop, 'report', reporting)
 
 
 def test_sigterm_saves_and_the_same_call_ends_with_the_same_bits(

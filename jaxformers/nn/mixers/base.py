@@ -1,6 +1,6 @@
 """What stands between tokens: the contract of all sequence mixers."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jax import Array
 from jaxtyping import Float, Int
@@ -10,6 +10,7 @@ State = Any
 mixer's own business."""
 
 
+@runtime_checkable
 class Mixer(Protocol):
   """A layer that moves information between the tokens of a sequence.
 

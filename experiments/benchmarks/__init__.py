@@ -1,0 +1,1 @@
+"""Side-by-side timings, with their results in `results/`."""

@@ -1,0 +1,96 @@
+"""Every experiment and benchmark runs at toy size."""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import pytest
+
+from jaxformers.cli import main
+from jaxformers.data import TextData
+from jaxformers.train.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+EXPERIMENTS = sorted(
+  p for p in (ROOT / 'experiments').glob('*.py') if p.stem != '__init__'
+)
+TOY = (
+  'steps=2', 'batch_size=8', 'model.width=16', 'model.stack.depth=1',
+  'model.stack.block.mixer.num_heads=2', 'data.length=16',
+  'model.stack.block.feedforward.hidden=16', 'evaluate_batches=1',
+  'baseline=None', 'preview.tokens=3', 'mesh.data=8',
+)  # fmt: skip
+
+
+def load(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture
+def small_text(tmp_path):
+  path = tmp_path / 'small.txt'
+  path.write_text('In the beginning was the word.\n' * 200)
+  return str(path)
+
+
+@pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda p: p.stem)
+def test_an_experiment_trains_from_the_command_line(path, tmp_path, small_text):
+  workdir = tmp_path / 'run'
+  settings = [w for s in TOY for w in ('--set', s)]
+  settings += ['--set', f'data.path={small_text}']
+  status = main(['train', str(path), '--workdir', str(workdir), *settings])
+  assert status == 0
+  assert [x['step'] for x in read_metrics(workdir / 'metrics.jsonl')] == [
+    1,
+    2,
+    2,
+  ]
+
+
+@pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda p: p.stem)
+def test_an_experiment_says_what_it_expects(path):
+  text = load(path).__doc__
+  for word in ('Run: ', 'Expected: '):
+    assert word in text
+
+
+def test_the_train_step_benchmark_measures(small_text, monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT))
+  from experiments.benchmarks import train_step
+
+  experiment = load(ROOT / 'experiments' / 'lm.py').experiment()
+  block = experiment.model.stack.block
+  block = block.clone(
+    mixer=block.mixer.clone(num_heads=2),
+    feedforward=block.feedforward.clone(hidden=16),
+  )
+  stack = experiment.model.stack.clone(block=block, depth=1)
+  toy = dataclasses.replace(
+    experiment,
+    model=experiment.model.clone(width=16, stack=stack),
+    data=TextData(path=small_text, length=16),
+    batch_size=8,
+  )
+  results = train_step.measure(toy, rounds=2, size=64, depths=(1, 2))
+  assert 0 < results['fraction_of_peak'] < 1
+  for name in ('tokens_per_second', 'speed_relative_to_flax', 'compile_ratio'):
+    assert results[name] > 0
+  assert results['fraction_outside_xla'] < 1
+
+
+def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
+  tmp_path, small_text
+):
+  crash = load(ROOT / 'scripts' / 'crash_test.py')
+  settings = (
+    *(s for s in TOY if not s.startswith(('steps', 'mesh'))),
+    'steps=60',
+    'checkpoint_every=5',
+    f'data.path={small_text}',
+  )
+  result = crash.crash_test(tmp_path, 2, (6.0, 9.0), settings)
+  assert result['identical']
+  assert (result['lost'], result['damaged']) == (0, 0)
