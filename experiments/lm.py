@@ -5,7 +5,7 @@ minutes on two CPU cores. An order-5 n-gram model of the same text stands beside
 it.
 
 Run: `jaxformers train experiments/lm.py`
-Expected: see RESULT; held-out bits per byte below 2.3.
+Expected: 1.80 held-out bits per byte; the n-gram model has 1.66.
 Your own text: add `--set data.path=FILE` and, for other tokens than bytes,
 `--set 'data.tokenizer=HuggingFaceTokenizer(path="tokenizer.json")'` with
 `--set model.vocab_size=N`.

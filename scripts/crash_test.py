@@ -6,7 +6,7 @@ run that was never killed; every start must resume from the newest checkpoint
 that was finished; no checkpoint may be unreadable.
 
 Run: python scripts/crash_test.py --kills 20 --save
-Time: about 5 minutes on 2 CPU cores.
+Time: about 6 minutes on 2 CPU cores.
 """
 
 import argparse
@@ -21,16 +21,16 @@ import tempfile
 ROOT = pathlib.Path(__file__).parent.parent
 RESULT = ROOT / 'experiments' / 'benchmarks' / 'results' / 'crash_test.json'
 SMALL = (
-  'steps=400',
+  'steps=16000',
   'batch_size=4',
   'model.width=32',
   'model.stack.depth=1',
   'model.stack.block.feedforward.hidden=64',
   'model.stack.block.mixer.num_heads=2',
   'data.length=32',
-  'evaluate_every=100',
+  'evaluate_every=1000',
   'evaluate_batches=2',
-  'checkpoint_every=10',
+  'checkpoint_every=20',
   'baseline=None',
   'preview.tokens=20',
 )

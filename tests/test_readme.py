@@ -1,7 +1,9 @@
 """The README's examples run, and what it names exists."""
 
+import json
 import pathlib
 import re
+import shlex
 
 import pytest
 
@@ -27,8 +29,6 @@ def test_shell_examples_parse():
     for line in re.findall(r'^jaxformers (?:.*\\\n)*.*$', block, re.MULTILINE)
   ]
   assert len(commands) == 6
-  import shlex
-
   for command in commands:
     build_parser().parse_args(shlex.split(command)[1:])
 
@@ -44,3 +44,38 @@ def test_make_targets_exist():
 def test_links_and_pictures_exist():
   for target in re.findall(r'\]\(([^)]+)\)', TEXT):
     assert target.startswith('https://') or (ROOT / target).exists(), target
+
+
+def test_figures_are_those_of_the_results():
+  results = ROOT / 'experiments'
+  lm, step, crash = (
+    json.loads((results / path).read_text())
+    for path in (
+      'results/lm.json',
+      'benchmarks/results/train_step.json',
+      'benchmarks/results/crash_test.json',
+    )
+  )
+  rows = re.findall(r'^\| (.*?) \| (.*?) \|$', TEXT, re.MULTILINE)
+  figures = [figure for _, figure in rows]
+  for figure in (
+    f'{lm["bits_per_byte"]:.2f}',
+    f'{lm["baseline_bits_per_byte"]:.2f}',
+    f'{step["fraction_of_peak"]:.0%}',
+    f'{step["speed_relative_to_flax"]:.2f}',
+    f'{step["fraction_outside_xla"]:.1%}',
+    f'{step["compile_ratio"]:.2f}',
+    '0, 0, 0',
+  ):
+    assert figure in figures
+  assert f'{lm["minutes"]:.1f} minutes' in TEXT
+  assert f'kill -9 at {crash["kills"]} random moments' in TEXT
+  assert (crash['lost'], crash['damaged'], crash['identical']) == (0, 0, True)
+
+
+def test_the_result_of_the_main_job_is_that_of_its_metrics():
+  folder = ROOT / 'experiments' / 'results'
+  lm = json.loads((folder / 'lm.json').read_text())
+  last = json.loads((folder / 'lm_metrics.jsonl').read_text().splitlines()[-1])
+  assert last['split'] == 'heldout'
+  assert round(last['bits_per_byte'], 3) == lm['bits_per_byte'] < 2.1

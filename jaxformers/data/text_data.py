@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 from jaxformers.data.corpora import RegisteredCorpus
 from jaxformers.data.document import Corpus
 from jaxformers.data.document import Source
@@ -46,6 +48,13 @@ class TextData:
     """
     source = self.source if self.path is None else TextFiles(self.path)
     return source.load()
+
+  def example(self) -> dict[str, np.ndarray]:
+    """Returns a row of the shapes and dtypes of all rows; reads nothing."""
+    return {
+      name: np.zeros(self.length, np.int32)
+      for name in ('tokens', 'targets', 'segments')
+    }
 
   def prepare(self) -> Prepared:
     """Reads, tokenises (once, see `open_store`) and arranges the text.

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal, Protocol
 
 import flax.linen as nn
+import numpy as np
 
 from jaxformers.data import Prepared
 from jaxformers.data import TextData
@@ -17,6 +18,13 @@ from jaxformers.train.sharding import MeshShape
 
 class Data(Protocol):
   """Where the batches of a run come from."""
+
+  def example(self) -> dict[str, np.ndarray]:
+    """Returns a row of the shapes and dtypes of all rows, reading nothing.
+
+    A trained model can then be opened where its data is not.
+    """
+    ...
 
   def prepare(self) -> Prepared:
     """Returns rows to train on, held-out rows, and facts to display."""

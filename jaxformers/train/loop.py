@@ -52,9 +52,10 @@ def train(
   """
   directory = RunDirectory(pathlib.Path(workdir))
   process = jax.process_index()
+  # Everything that can be wrong with the experiment, before a file is made.
+  record = records.to_record(experiment)
+  program = build(experiment, experiment.data.prepare())
   with directory.locked(process):
-    record = records.to_record(experiment)
-    program = build(experiment, experiment.data.prepare())
     directory.prepare(
       record, device=jax.devices()[0].device_kind, process=process
     )
@@ -187,7 +188,7 @@ def _evaluate(program: Program, state: TrainState, step: int):
 def _meter(program: Program) -> dict[str, Any]:
   """Returns what the progress display needs to know of the work."""
   experiment = program.experiment
-  batch = abstract_batch(experiment, program.prepared, program.mesh)
+  batch = abstract_batch(experiment, program.mesh)
   jaxpr = jax.make_jaxpr(program.train_step)(program.abstract_state, batch)
   peak = peak_flops(jax.devices()[0])
   return {

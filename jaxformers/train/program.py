@@ -79,19 +79,14 @@ def build(experiment: Experiment, prepared: Prepared) -> Program:
   """
   check_vocabulary(experiment, prepared)
   mesh = experiment.mesh.build()
-  batch = abstract_batch(experiment, prepared, mesh)
-  shapes = jax.eval_shape(lambda: init_state(experiment, batch))
-  places = shardings(shapes, mesh)
-  abstract_state = jax.tree.map(
-    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-    shapes,
-    places,
-  )
+  batch = abstract_batch(experiment, mesh)
+  state = abstract_state(experiment, mesh)
+  places = jax.tree.map(lambda leaf: leaf.sharding, state)
   return Program(
     experiment=experiment,
     prepared=prepared,
     mesh=mesh,
-    abstract_state=abstract_state,
+    abstract_state=state,
     init=jax.jit(lambda: init_state(experiment, batch), out_shardings=places),
     train_step=jax.jit(
       train_step_of(experiment),
@@ -102,10 +97,28 @@ def build(experiment: Experiment, prepared: Prepared) -> Program:
   )
 
 
-def abstract_batch(
-  experiment: Experiment, prepared: Prepared, mesh: Mesh
-) -> dict[str, Any]:
-  """Returns shapes, dtypes and shardings of a batch.
+def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
+  """Returns shapes, dtypes and shardings of the state; reads no data.
+
+  Args:
+    experiment: the run.
+    mesh: its devices.
+  """
+  batch = _batch_shapes(experiment)
+  shapes = jax.eval_shape(lambda: init_state(experiment, batch))
+  return jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+    shapes,
+    shardings(shapes, mesh),
+  )
+
+
+def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
+  """Returns shapes, dtypes and shardings of a batch; reads no data.
+
+  Args:
+    experiment: the run.
+    mesh: its devices.
 
   Raises:
     ValueError: if the batch does not divide among the devices.
@@ -116,15 +129,18 @@ def abstract_batch(
       f'batch_size {experiment.batch_size} does not divide into {parts} '
       'parts (mesh axes data x fsdp, times accumulate); change one of them.'
     )
-  rows = {
-    name: np.broadcast_to(array, (experiment.batch_size, *array.shape))
-    for name, array in prepared.train[0].items()
-  }
-  return {
-    name: jax.ShapeDtypeStruct(
+  return jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(
       a.shape, a.dtype, sharding=batch_sharding(mesh, a.ndim)
-    )
-    for name, a in rows.items()
+    ),
+    _batch_shapes(experiment),
+  )
+
+
+def _batch_shapes(experiment):
+  return {
+    name: jax.ShapeDtypeStruct((experiment.batch_size, *a.shape), a.dtype)
+    for name, a in experiment.data.example().items()
   }
 
 

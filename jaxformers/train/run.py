@@ -16,8 +16,10 @@ from jaxformers.train.checkpoint import Checkpoints
 from jaxformers.train.errors import RunFailed
 from jaxformers.train.evaluation import evaluate
 from jaxformers.train.experiment import Experiment
+from jaxformers.train.program import abstract_state
 from jaxformers.train.program import build
 from jaxformers.train.run_directory import RunDirectory
+from jaxformers.train.sharding import MeshShape
 from jaxformers.train.state import TrainState
 
 
@@ -138,9 +140,12 @@ def open_run(
   directory = RunDirectory(pathlib.Path(workdir))
   classes = records.known_classes() if classes is None else classes
   experiment = records.from_record(directory.load(), classes)
-  program = build(experiment, experiment.data.prepare())
+  if experiment.mesh.sizes(jax.device_count()) is None:
+    # Trained on other devices: all of these here then hold the whole model.
+    experiment = dataclasses.replace(experiment, mesh=MeshShape())
+  state = abstract_state(experiment, experiment.mesh.build())
   with Checkpoints(directory.checkpoints, read_only=True) as checkpoints:
-    restored = checkpoints.restore(checkpoint, program.abstract_state)
+    restored = checkpoints.restore(checkpoint, state)
   if restored is None:
     raise RunFailed(
       f'{directory.path} has no {checkpoint} checkpoint yet; train it first, '

@@ -45,21 +45,30 @@ class MeshShape:
   tensor: int = 1
   sequence: int = 1
 
+  def sizes(self, devices: int) -> dict[str, int] | None:
+    """Returns the size of each axis, or None if they do not fit the devices.
+
+    Args:
+      devices: how many there are.
+    """
+    sizes = dataclasses.asdict(self)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if self.data == -1 and fixed > 0:
+      sizes['data'] = devices // fixed
+    fits = math.prod(sizes.values()) == devices and min(sizes.values()) >= 1
+    return sizes if fits else None
+
   def build(self) -> Mesh:
     """Returns the mesh over all devices of all processes.
 
     Raises:
       ValueError: if the axes do not multiply to the number of devices.
     """
-    sizes = dataclasses.asdict(self)
-    devices = jax.device_count()
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if self.data == -1 and fixed > 0 and devices % fixed == 0:
-      sizes['data'] = devices // fixed
-    if math.prod(sizes.values()) != devices or min(sizes.values()) < 1:
+    sizes = self.sizes(jax.device_count())
+    if sizes is None:
       raise ValueError(
-        f'mesh {sizes} does not fit {devices} devices: its axes must multiply '
-        'to that number; data=-1 takes what the others leave.'
+        f'{self} does not fit {jax.device_count()} devices: its axes must '
+        'multiply to that number; data=-1 takes what the others leave.'
       )
     axis_types = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types)

@@ -104,3 +104,13 @@ def test_prepared_rows_pickle():
   rows = TextData(source=Sentences(), length=3).prepare().train
   copy = pickle.loads(pickle.dumps(rows))
   np.testing.assert_equal(copy[1], rows[1])
+
+
+@pytest.mark.parametrize('arrangement', [Stream(), Pack()])
+def test_the_example_is_shaped_like_every_row(arrangement):
+  data = TextData(source=Sentences(), length=3, arrangement=arrangement)
+  prepared = data.prepare()
+  for row in (prepared.train[0], prepared.heldout[0]):
+    assert {k: (a.shape, a.dtype) for k, a in row.items()} == {
+      k: (a.shape, a.dtype) for k, a in data.example().items()
+    }

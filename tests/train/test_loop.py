@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxformers.train import MeshShape
 from jaxformers.train import loop
 from jaxformers.train import open_run
 from jaxformers.train import step as step_module
@@ -188,6 +189,21 @@ def test_a_run_is_reopened_to_sample_and_evaluate(finished, tmp_path):
   data = dataclasses.replace(experiment.data, path=str(other))
   elsewhere = run.evaluate(dataclasses.replace(experiment, data=data))
   assert elsewhere['bits_per_byte'] > last['bits_per_byte']
+
+
+def test_a_run_is_opened_without_its_data_and_on_other_devices(
+  finished, text_file, monkeypatch
+):
+  _, workdir, state = finished
+  path = workdir / 'experiment.json'
+  record = path.read_text().replace(str(text_file), 'gone.txt')
+  path.write_text(record.replace('"data": 8,', '"data": 64,'))
+  run = open_run(workdir)
+  assert run.experiment.mesh == MeshShape()
+  equal(run.variables, state.variables)
+  assert b''.join(text for _, text in run.sample(['1: '], tokens=4))
+  with pytest.raises(FileNotFoundError, match=r'gone\.txt'):
+    run.evaluate()
 
 
 def test_runs_that_cannot_be_opened_say_why(finished):
