@@ -1,18 +1,26 @@
 """Set-up of all tests: CPU only, eight forced devices, nothing left behind."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
-import jax
+# Tokens of corpora and compiled programs are shared by all tests and workers of
+# a run and gone with it: many tests compile one program again. The first
+# process makes the folder, the others inherit its name.
+_CACHE = 'JAXFORMERS_TEST_CACHE'
+if _CACHE not in os.environ:
+  os.environ[_CACHE] = tempfile.mkdtemp()
+  atexit.register(shutil.rmtree, os.environ[_CACHE], ignore_errors=True)
+os.environ['JAXFORMERS_CACHE'] = os.path.join(os.environ[_CACHE], 'data')
+
+import jax  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
-
-# Tokens of corpora and compiled programs are shared by the tests of a process
-# and gone with it: many tests run one program again.
-_CACHE = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-os.environ['JAXFORMERS_CACHE'] = _CACHE.name
-jax.config.update('jax_compilation_cache_dir', os.path.join(_CACHE.name, 'xla'))
+jax.config.update(
+  'jax_compilation_cache_dir', os.path.join(os.environ[_CACHE], 'xla')
+)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
