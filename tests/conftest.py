@@ -7,9 +7,10 @@ import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
-# Tokens of corpora and compiled programs are shared by all tests and workers of
-# a run and gone with it: many tests compile one program again. The first
-# process makes the folder, the others inherit its name.
+# Tokens of corpora and compiled programs are shared by the tests of a run and
+# gone with it: many tests compile one program again. The first process makes the
+# folder, the others inherit its name. Programs are cached per worker, because
+# JAX may read an entry that another process is still writing.
 _CACHE = 'JAXFORMERS_TEST_CACHE'
 if _CACHE not in os.environ:
   os.environ[_CACHE] = tempfile.mkdtemp()
@@ -19,8 +20,9 @@ os.environ['JAXFORMERS_CACHE'] = os.path.join(os.environ[_CACHE], 'data')
 import jax  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
+_WORKER = os.environ.get('PYTEST_XDIST_WORKER', 'alone')
 jax.config.update(
-  'jax_compilation_cache_dir', os.path.join(os.environ[_CACHE], 'xla')
+  'jax_compilation_cache_dir', os.path.join(os.environ[_CACHE], _WORKER)
 )
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
