@@ -12,21 +12,39 @@ The order is: positions, scale, scores, bias, mask, weights, output.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import (
+  Any,
+  Literal,
+  NamedTuple,
+  Protocol,
+  get_args,
+  runtime_checkable,
+)
 
 import jax
 from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Real
 
+from jaxformers.ops.blockwise import Places
+from jaxformers.ops.blockwise import attend_blockwise
+from jaxformers.ops.blockwise import count_visible
 from jaxformers.ops.masks import Mask
 from jaxformers.ops.masks import NoMask
+from jaxformers.ops.partial import Partial
+from jaxformers.ops.partial import partial_of
 from jaxformers.ops.positions import NoPosition
 from jaxformers.ops.positions import PositionScheme
 from jaxformers.ops.scales import InverseSqrt
 from jaxformers.ops.scales import Scale
 
-Implementation = Literal['auto', 'xla']
+BLOCK = 256
+"""Queries and keys per block, where nothing else is said."""
+
+LONG = 1024 * 1024
+"""From so many pairs of query and key on, `'auto'` goes block by block."""
+
+Implementation = Literal['auto', 'xla', 'blockwise']
 
 
 class Attended(NamedTuple):
@@ -114,7 +132,8 @@ def attend(
   Products, softmax and accumulation run in float32, or float64 for float64
   inputs. A query that sees nothing returns 0, with gradient 0.
 
-  Time `O(L M H K)`. Memory `O(L M H)` for `'xla'`.
+  Time `O(L M H K)`. Memory `O(L M H)` for `'xla'`,
+  `O((L + M) H K)` for `'blockwise'`, forward and backward.
 
   Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762,
   section 3.2; grouped heads: Ainslie et al., "GQA", 2023, arXiv 2305.13245.
@@ -134,8 +153,10 @@ def attend(
     key_position: positions `[M]` or `[B, M]`; default 0 .. M-1.
     keys_stored: True if the keys come from a cache, in the form that
       `position.store` gives, False if they are raw projections.
-    implementation: `'xla'` materialises all scores; `'auto'` chooses.
-    block: keys per block for blockwise implementations; `'xla'` has none.
+    implementation: `'xla'` materialises all scores; `'blockwise'` does not,
+      and skips blocks that nobody sees; `'auto'` chooses by `supports` and
+      `LONG`.
+    block: queries and keys per block for `'blockwise'`; None for `BLOCK`.
     statistics: also return normaliser and entropy of the weights.
 
   Returns:
@@ -146,44 +167,163 @@ def attend(
     ValueError: if shapes do not fit, positions are needed and missing, or the
       implementation is unknown or cannot do what is asked.
   """
-  _check_shapes(query_BLHK, key_BMGK, value_BMGV)
-  _check_implementation(implementation, block)
-  compares = mask.compares_positions or position.compares_positions
-  query_position, key_position = _positions(
-    query_BLHK, key_BMGK, query_position, key_position, compares
+  result = _attend(
+    query_BLHK,
+    key_BMGK,
+    value_BMGV,
+    position=position,
+    scale=scale,
+    mask=mask,
+    kind=kind,
+    bias=bias,
+    query_position=query_position,
+    key_position=key_position,
+    keys_stored=keys_stored,
+    implementation=implementation,
+    block=block,
+    statistics=statistics,
   )
-  is_visible = mask.visible(query_position, key_position)
-  # What nobody sees must not leak, not even as 0 * nan: unused slots of a cache
-  # and padding may hold anything.
-  is_seen = is_visible.any(axis=(1, 2))[..., None, None]
-  key_BMGK = jnp.where(is_seen, key_BMGK, 0)
-  value_BMGV = jnp.where(is_seen, value_BMGV, 0)
+  out_BLHV = result.out.astype(value_BMGV.dtype)
+  return result._replace(out=out_BLHV) if statistics else out_BLHV
+
+
+def attend_partial(
+  query_BLHK: Float[Array, 'B L H K'],
+  key_BMGK: Float[Array, 'B M G K'],
+  value_BMGV: Float[Array, 'B M G V'],
+  *,
+  implementation: Implementation = 'auto',
+  **options: Any,
+) -> Partial:
+  """Attends to some of the keys, leaving the result open for `merge`.
+
+  Source: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory", 2021,
+  arXiv 2112.05682, section 2.
+
+  Args:
+    query_BLHK: as for `attend`.
+    key_BMGK: the keys of this part.
+    value_BMGV: their values.
+    implementation: as for `attend`.
+    **options: `position`, `scale`, `mask`, `query_position`, `key_position`,
+      `keys_stored` and `block`, as for `attend`. A scale that counts visible
+      keys counts those of this part.
+
+  Returns:
+    The partial result, in at least float32.
+
+  Raises:
+    ValueError: as `attend`.
+  """
+  accumulator = _accumulator(value_BMGV)
+  result = _attend(
+    query_BLHK,
+    key_BMGK,
+    value_BMGV,
+    implementation=implementation,
+    **options,
+  )
+  return partial_of(result.out.astype(accumulator), result.log_normalizer)
+
+
+class _Problem(NamedTuple):
+  """Checked and completed arguments, as an implementation takes them."""
+
+  query: Array
+  key: Array  # in stored form
+  value: Array
+  places: Places
+  position: PositionScheme
+  scale: Scale
+
+  def branches(self, visible_keys):
+    """Returns the branches, with scaled queries."""
+    multiplier = self.scale.multiplier(visible_keys, self.query.shape[-1])
+    return self.position.branches(
+      _scaled(self.query, multiplier),
+      self.key,
+      self.places.query_position,
+      self.places.key_position,
+    )
+
+
+def _attend(
+  query,
+  key,
+  value,
+  *,
+  position=NoPosition(),
+  scale=InverseSqrt(),
+  mask=NoMask(),
+  kind=Softmax(),
+  bias=None,
+  query_position=None,
+  key_position=None,
+  keys_stored=False,
+  implementation='auto',
+  block=None,
+  statistics=False,
+) -> Attended:
+  """Attends; the output is not yet in the dtype of the values."""
+  _check_shapes(query, key, value)
+  implementation = _choose(
+    implementation, supports('blockwise', kind, bias, statistics), query, key
+  )
+  if implementation == 'xla' and block is not None:
+    raise ValueError(
+      f"block={block} given, but 'xla' materialises all scores at once and "
+      "has no blocks; leave block=None or ask for 'blockwise'."
+    )
+  compares = mask.compares_positions or position.compares_positions
+  places = Places(
+    mask, *_positions(query, key, query_position, key_position, compares)
+  )
+  exists = mask.exists(places.key_position)[..., None, None]
+  key = jnp.where(exists, key, 0)
+  value = jnp.where(exists, value, 0)
   if not keys_stored:
-    key_BMGK = position.store(key_BMGK, key_position)
+    key = position.store(key, places.key_position)
+  problem = _Problem(query, key, value, places, position, scale)
+  if implementation == 'blockwise':
+    return _attend_blocks(problem, BLOCK if block is None else block)
+  return _attend_whole(problem, kind, bias, statistics)
+
+
+def _attend_blocks(problem, block):
+  """Runs the blockwise implementation."""
+  lengths = problem.query.shape[1], problem.key.shape[1]
+  branches = problem.branches(
+    lambda: count_visible(problem.places, *lengths, block)
+  )
+  summary = attend_blockwise(branches, problem.value, problem.places, block)
+  return Attended(summary.out, summary.log_normalizer, None)
+
+
+def _attend_whole(problem, kind, bias, statistics):
+  """Materialises all scores."""
+  places = problem.places
+  is_visible = places.mask.visible(places.query_position, places.key_position)
 
   def visible_keys():
-    shape = (*is_visible.shape[:2], query_BLHK.shape[1], key_BMGK.shape[1])
-    return jnp.broadcast_to(is_visible, shape).sum(axis=-1)
+    lengths = problem.query.shape[1], problem.key.shape[1]
+    shape = *is_visible.shape[:2], *lengths
+    return jnp.broadcast_to(is_visible, shape).sum(axis=-1, dtype=jnp.int32)
 
-  multiplier = scale.multiplier(visible_keys, query_BLHK.shape[-1])
-  query_BLHK = _scaled(query_BLHK, multiplier)
   logits_BHLM = _logits(
-    position.branches(query_BLHK, key_BMGK, query_position, key_position),
-    query_position,
-    key_position,
+    problem.branches(visible_keys), places.query_position, places.key_position
   )
   if bias is not None:
     logits_BHLM += bias.astype(logits_BHLM.dtype)
   weights_BHLM, log_normalizer_BHL = kind.weights(logits_BHLM, is_visible)
-  out_BLHV = _weighted_values(weights_BHLM, value_BMGV)
-  if not statistics:
-    return out_BLHV
+  out_BLHV = _weighted_values(weights_BHLM, problem.value)
+  entropy_BLH = _entropy(weights_BHLM).swapaxes(1, 2) if statistics else None
+  return Attended(out_BLHV, log_normalizer_BHL.swapaxes(1, 2), entropy_BLH)
+
+
+def _entropy(weights_BHLM):
   # `entr` has an infinite slope at weight 0, so those take part as p = 1.
   positive_BHLM = jnp.where(weights_BHLM > 0, weights_BHLM, 1)
-  entropy_BHL = -(positive_BHLM * jnp.log(positive_BHLM)).sum(axis=-1)
-  return Attended(
-    out_BLHV, log_normalizer_BHL.swapaxes(1, 2), entropy_BHL.swapaxes(1, 2)
-  )
+  return -(positive_BHLM * jnp.log(positive_BHLM)).sum(axis=-1)
 
 
 def _scaled(query_BLHK, multiplier):
@@ -227,7 +367,7 @@ def _weighted_values(weights_BHLM, value_BMGV):
     value_BMGV,
     preferred_element_type=_accumulator(value_BMGV),
   )
-  return out.reshape(batch, length, heads, width).astype(value_BMGV.dtype)
+  return out.reshape(batch, length, heads, width)
 
 
 def _accumulator(x):
@@ -280,13 +420,43 @@ def _check_shapes(query, key, value):
     )
 
 
-def _check_implementation(implementation, block):
-  if implementation not in ('auto', 'xla'):
+def supports(
+  implementation: str, kind: Kind, bias: Array | None, statistics: bool
+) -> str | None:
+  """Says why an implementation cannot do what is asked; None if it can.
+
+  Source: none; a property of this library.
+
+  Args:
+    implementation: its name.
+    kind: how scores become weights.
+    bias: what is added to scores.
+    statistics: whether statistics are wanted.
+  """
+  if implementation == 'xla':
+    return None
+  if not isinstance(kind, Softmax):
+    return f'it knows the kind Softmax() only, not {kind}'
+  if bias is not None:
+    return 'it takes no bias array, which is as large as all scores'
+  if statistics:
+    return 'it gives no statistics'
+  return None
+
+
+def _choose(implementation, reason, query, key):
+  """Returns the implementation to run, given what keeps 'blockwise' from it."""
+  known = get_args(Implementation)
+  if implementation not in known:
     raise ValueError(
-      f"unknown implementation {implementation!r}; known: 'auto', 'xla'."
+      f'unknown implementation {implementation!r}; known: {", ".join(known)}.'
     )
-  if block is not None:
+  if implementation == 'blockwise' and reason is not None:
     raise ValueError(
-      f"block={block} given, but 'xla' materialises all scores at once and "
-      'has no blocks; leave block=None.'
+      f"implementation 'blockwise' cannot do this: {reason}; 'xla' can, and "
+      "'auto' chooses."
     )
+  if implementation != 'auto':
+    return implementation
+  is_long = query.shape[1] * key.shape[1] >= LONG
+  return 'blockwise' if is_long and reason is None else 'xla'

@@ -6,11 +6,25 @@ key_position)` for whole arrays or for any block of them, so no caller needs an
 """
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import jax
 from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Bool, Int, Real
+
+
+class Span(NamedTuple):
+  """The smallest and largest position in each of n blocks.
+
+  Attributes:
+    low: `[n]`.
+    high: `[n]`.
+  """
+
+  low: Real[Array, ' n']
+  high: Real[Array, ' n']
 
 
 def _mask(*, data: tuple[str, ...] = ()):
@@ -44,6 +58,40 @@ class Mask:
   ) -> Bool[Array, 'B H L M']:
     """Returns True where a query may see a key; any axis may have size 1."""
     raise NotImplementedError
+
+  def exists(self, key_position: Real[Array, 'B M']) -> Bool[Array, 'B M']:
+    """Returns False for keys that no query whatever may see; axes may be 1.
+
+    Padding and empty slots of a cache may hold anything, so they are set to
+    zero before anything is computed from them.
+    """
+    del key_position
+    return jnp.ones((1, 1), bool)
+
+  def may_see(self, query: Span, key: Span) -> Bool[Array, 'n m']:
+    """Returns False for blocks of queries that see nothing of a block of keys.
+
+    What a blockwise implementation may skip. True is always right; any axis may
+    have size 1. Asked of `padded` masks.
+
+    Args:
+      query: positions of n blocks of queries of equal size.
+      key: positions of m blocks of keys of equal size.
+    """
+    del query, key
+    return jnp.ones((1, 1), bool)
+
+  def padded(self, queries: int, keys: int) -> 'Mask':
+    """Returns the mask with its arrays padded to multiples of block sizes."""
+    del queries, keys
+    return self
+
+  def block(
+    self, query_start: Array, queries: int, key_start: Array, keys: int
+  ) -> 'Mask':
+    """Returns the mask of some queries and some keys, for `visible` of them."""
+    del query_start, queries, key_start, keys
+    return self
 
   def __and__(self, other: 'Mask') -> 'Mask':
     return Both(self, other)
@@ -90,6 +138,9 @@ class Causal(Mask):
   def visible(self, query_position, key_position):
     return _distance(query_position, key_position) >= -self.offset
 
+  def may_see(self, query, key):
+    return key.low[None] <= query.high[:, None] + self.offset
+
 
 @_mask()
 class Window(Mask):
@@ -115,6 +166,10 @@ class Window(Mask):
     distance = _distance(query_position, key_position)
     return (distance >= 0) & (distance < self.size)
 
+  def may_see(self, query, key):
+    nearest = query.low[:, None] - key.high[None]
+    return (query.high[:, None] >= key.low[None]) & (nearest < self.size)
+
 
 @_mask(data=('length_B',))
 class Lengths(Mask):
@@ -132,6 +187,13 @@ class Lengths(Mask):
   def visible(self, query_position, key_position):
     del query_position
     return (key_position < self.length_B[:, None])[:, None, None, :]
+
+  def exists(self, key_position):
+    return key_position < self.length_B[:, None]
+
+  def may_see(self, query, key):
+    del query
+    return (key.low < self.length_B.max())[None]
 
 
 @_mask(data=('query_BL', 'key_BM'))
@@ -157,6 +219,38 @@ class Segments(Mask):
     key_BLM = self.key_BM[:, None, :]
     return ((query_BLM == key_BLM) & (key_BLM != 0))[:, None]
 
+  def exists(self, key_position):
+    del key_position
+    return self.key_BM != 0
+
+  def may_see(self, query, key):
+    query_low, query_high = _segment_span(self.query_BL, query.low.shape[0])
+    key_low, key_high = _segment_span(self.key_BM, key.low.shape[0])
+    above = query_high[:, :, None] >= key_low[:, None]
+    return (above & (query_low[:, :, None] <= key_high[:, None])).any(axis=0)
+
+  def padded(self, queries, keys):
+    return Segments(_pad(self.query_BL, queries), _pad(self.key_BM, keys))
+
+  def block(self, query_start, queries, key_start, keys):
+    cut = functools.partial(jax.lax.dynamic_slice_in_dim, axis=1)
+    return Segments(
+      cut(self.query_BL, query_start, queries),
+      cut(self.key_BM, key_start, keys),
+    )
+
+
+def _pad(segments_BL, multiple):
+  """Appends padding, segment 0, up to a multiple of a length."""
+  return jnp.pad(segments_BL, ((0, 0), (0, -segments_BL.shape[1] % multiple)))
+
+
+def _segment_span(segments_BL, blocks):
+  """Returns the lowest and highest segment of each block, without padding."""
+  ids = segments_BL.reshape(segments_BL.shape[0], blocks, -1)
+  none = jnp.iinfo(ids.dtype).max
+  return jnp.where(ids == 0, none, ids).min(axis=2), ids.max(axis=2)
+
 
 @_mask(data=('left', 'right'))
 class Both(Mask):
@@ -177,6 +271,21 @@ class Both(Mask):
     left = self.left.visible(query_position, key_position)
     return left & self.right.visible(query_position, key_position)
 
+  def exists(self, key_position):
+    left = self.left.exists(key_position)
+    return left & self.right.exists(key_position)
+
+  def may_see(self, query, key):
+    return self.left.may_see(query, key) & self.right.may_see(query, key)
+
+  def padded(self, queries, keys):
+    return type(self)(
+      self.left.padded(queries, keys), self.right.padded(queries, keys)
+    )
+
+  def block(self, *edges):
+    return type(self)(self.left.block(*edges), self.right.block(*edges))
+
 
 @_mask(data=('left', 'right'))
 class Either(Mask):
@@ -196,3 +305,18 @@ class Either(Mask):
   def visible(self, query_position, key_position):
     left = self.left.visible(query_position, key_position)
     return left | self.right.visible(query_position, key_position)
+
+  def exists(self, key_position):
+    left = self.left.exists(key_position)
+    return left | self.right.exists(key_position)
+
+  def may_see(self, query, key):
+    return self.left.may_see(query, key) | self.right.may_see(query, key)
+
+  def padded(self, queries, keys):
+    return type(self)(
+      self.left.padded(queries, keys), self.right.padded(queries, keys)
+    )
+
+  def block(self, *edges):
+    return type(self)(self.left.block(*edges), self.right.block(*edges))

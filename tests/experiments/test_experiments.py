@@ -81,6 +81,16 @@ def test_the_train_step_benchmark_measures(small_text, monkeypatch):
   assert results['fraction_outside_xla'] < 1
 
 
+def test_the_attention_benchmark_measures(monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT))
+  from experiments.benchmarks import attention
+
+  results = attention.measure((16,), long=1024, rounds=1)
+  assert results['float32_16']['forward_speed_relative_to_jax'] > 0
+  assert 0 < results['masks_1024']['window_256_relative_to_full']
+  assert results['memory_growth'] < 5
+
+
 def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
   tmp_path, small_text
 ):
