@@ -230,7 +230,7 @@ def _grouped(is_visible_BHLM, groups):
   return is_visible_BHLM.reshape(batch, groups, heads // groups, *rest)
 
 
-def _seen(plan, places, queries, keys):
+def _seen(places, queries, keys):
   """Returns first and one past the last key block that each block may see."""
   query_span = _span(places.query_position, queries)
   key_span = _span(places.key_position, keys)
@@ -251,7 +251,7 @@ def _span(position, size):
 
 def _forward(plan, queries, keys, value, places):
   """Returns out `[n, B, G, R, L, V]` and log-normaliser `[n, B, G, R, L]`."""
-  first, last = _seen(plan, places, plan.queries, plan.keys)
+  first, last = _seen(places, plan.queries, plan.keys)
   dtype = jnp.promote_types(value.dtype, jnp.float32)
   shape = queries[0].shape[1:-1]
   lowest = jnp.finfo(dtype).min
@@ -309,7 +309,7 @@ def _attend_bwd(plan, residuals, cotangents):
   """Computes the weights again, block by block, and sums their gradients."""
   queries, keys, value, places, out, log_normalizer = residuals
   d_out, d_log = cotangents
-  first, last = _seen(plan, places, plan.queries, plan.keys)
+  first, last = _seen(places, plan.queries, plan.keys)
   dtype = out.dtype
   lowest = jnp.finfo(dtype).min
   # d logits = p (d_out . v - d_out . out + d_log): the last two are per row.

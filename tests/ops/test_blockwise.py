@@ -217,7 +217,7 @@ def blocks_seen(mask, length=64, block=8):
   places = blockwise.Places(
     mask, jnp.arange(length)[None], jnp.arange(length)[None]
   )
-  first, last = blockwise._seen(None, places, block, block)
+  first, last = blockwise._seen(places, block, block)
   return int((last - first).sum())
 
 

@@ -208,7 +208,7 @@ def test_a_run_is_opened_without_its_data_and_on_other_devices(
 
 def test_runs_that_cannot_be_opened_say_why(finished):
   _, workdir, _ = finished
-  with pytest.raises(ValueError, match='step 5|5'):
+  with pytest.raises(ValueError, match='no checkpoint of step 5'):
     open_run(workdir, checkpoint=5)
   assert open_run(workdir, checkpoint='best').step in (3, 4, 6)
   with pytest.raises(ValueError, match='must be one token'):
