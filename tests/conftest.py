@@ -26,3 +26,7 @@ jax.config.update(
 )
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+# Most of the time of these tests is compiling, so programs of the tests' own
+# process are compiled with few optimisations. The commands, experiments and
+# examples that tests start as processes are compiled as a user's are.
+jax.config.update('jax_disable_most_optimizations', True)

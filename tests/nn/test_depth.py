@@ -62,8 +62,9 @@ def test_an_unrolled_stack_threads_states_like_a_scanned_one(pattern):
   outputs = []
   for m, p in ((module, params), (loop, unroll(params))):
     states = m.initial_state(2, 6, 8, jnp.float32)
-    y_first, states = m.apply({'params': p}, X[:, :4], states)
-    y_rest, states = m.apply({'params': p}, X[:, 4:], states)
+    run = jax.jit(lambda x, states, m=m, p=p: m.apply({'params': p}, x, states))
+    y_first, states = run(X[:, :4], states)
+    y_rest, states = run(X[:, 4:], states)
     outputs.append((y_first, y_rest, states))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),

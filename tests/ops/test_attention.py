@@ -233,6 +233,7 @@ def test_gradients_equal_finite_differences():
       )
       return jnp.sin(result.out).sum() + (result.log_normalizer**2).sum()
 
+    loss = jax.jit(loss)
     check_grads(loss, (query, key, value), order=2, modes=('fwd', 'rev'))
 
 
