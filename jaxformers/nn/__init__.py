@@ -12,7 +12,10 @@ from jaxformers.nn.init import VarianceScaling
 from jaxformers.nn.linear import Linear
 from jaxformers.nn.norm import LayerNorm
 from jaxformers.nn.norm import RMSNorm
+from jaxformers.nn.norm import UnitNorm
+from jaxformers.nn.position import Hierarchical
 from jaxformers.nn.position import Learned
 from jaxformers.nn.position import Sinusoidal
 from jaxformers.nn.residual import PostNorm
 from jaxformers.nn.residual import PreNorm
+from jaxformers.nn.score import LearnedSSMax

@@ -4,6 +4,7 @@ from typing import Literal
 
 import flax.linen as nn
 from jax import Array
+import jax.numpy as jnp
 from jaxtyping import Float
 
 from jaxformers.ops import norms
@@ -67,3 +68,26 @@ class LayerNorm(nn.Module):
       eps_on=self.eps_on,
       variance=self.variance,
     )
+
+
+class UnitNorm(nn.Module):
+  """Scales each feature vector to length 1, without parameters.
+
+  `x / sqrt(sum(x^2) + eps)`. In the `qk_norm` slot of attention it turns scores
+  into cosines, which need a multiplier well above 1:
+  `scale=ConstantScale(cosine_optimal_scale(n, d))`.
+
+  Source: Henry et al., "Query-Key Normalization for Transformers", 2020, arXiv
+  2010.04245, section 3.
+
+  Attributes:
+    eps: keeps the division finite at the zero vector.
+  """
+
+  eps: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x_BLD: Float[Array, '*B D']) -> Float[Array, '*B D']:
+    width = x_BLD.shape[-1]
+    scale_D = jnp.full(width, width**-0.5)
+    return norms.rms_norm(x_BLD, scale_D, eps=self.eps / width)

@@ -15,6 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Real
 import numpy as np
 
+from jaxformers.ops.frequencies import Plain
+from jaxformers.ops.frequencies import Spectrum
+
 Region = Callable[[Array, Array], Bool[Array, 'B H L M']]
 
 
@@ -93,11 +96,16 @@ class Rotary:
     pairing: which coordinates form a pair: `'half'` takes m and m + K/2
       (GPT-NeoX, Llama), `'interleaved'` takes 2m and 2m + 1 (the paper).
     rotary_dim: rotates only this many leading coordinates; None for all.
+    spectrum: how the base gives the angle per position of each pair
+      (`jaxformers.ops.frequencies`), such as `YaRN(factor=4,
+      original_length=2048)` for texts longer than trained on. It must be the
+      same for all tokens of a cache.
   """
 
   base: float = 10000.0
   pairing: Literal['half', 'interleaved'] = 'half'
   rotary_dim: int | None = None
+  spectrum: Spectrum = Plain()
 
   compares_positions = True
 
@@ -124,26 +132,9 @@ class Rotary:
         f'at most the head width {x.shape[-1]}, got {dim}; choose an even '
         'head_dim or set rotary_dim.'
       )
-    turned = rotate(
-      x[..., :dim], position, rope_frequencies(dim, self.base), self.pairing
-    )
+    frequencies_P = self.spectrum.frequencies(dim, self.base)
+    turned = rotate(x[..., :dim], position, frequencies_P, self.pairing)
     return jnp.concatenate([turned, x[..., dim:]], axis=-1)
-
-
-def rope_frequencies(
-  head_dim: int, base: float = 10000.0
-) -> Float[np.ndarray, ' P']:
-  """Returns the angle per position of each coordinate pair.
-
-  `theta_m = base^(-2m/K)`, m = 0 .. K/2 - 1, in float64 on the host.
-
-  Source: Su et al., "RoFormer", 2021, arXiv 2104.09864, section 3.2.2.
-
-  Args:
-    head_dim: number K of coordinates that are rotated, even.
-    base: see `Rotary`.
-  """
-  return base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
 
 
 def rotate(

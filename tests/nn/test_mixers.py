@@ -4,7 +4,9 @@ from jaxformers.nn import Normal
 from jaxformers.nn import RMSNorm
 from jaxformers.nn.mixers import Attention
 from jaxformers.ops import Causal
+from jaxformers.ops import LeakyReRoPE
 from jaxformers.ops import NoMask
+from jaxformers.ops import ReRoPE
 from jaxformers.ops import Rotary
 from jaxformers.ops import Window
 from jaxformers.testing import MixerCase
@@ -32,6 +34,26 @@ class TestMixers(MixerConformance):
     MixerCase(
       'attention_window',
       Attention(num_heads=2, mask=Window(3), position=Rotary()),
+    ),
+    MixerCase(
+      'attention_rerope',
+      Attention(num_heads=4, num_kv_heads=2, position=ReRoPE(window=3)),
+    ),
+    MixerCase(
+      'attention_rerope_encoder',
+      Attention(
+        num_heads=2,
+        mask=NoMask(),
+        position=ReRoPE(window=3, bidirectional=True),
+      ),
+    ),
+    MixerCase(
+      'attention_leaky_rerope_blockwise',
+      Attention(
+        num_heads=2,
+        position=LeakyReRoPE(window=3, slope=2.5, pairing='interleaved'),
+        implementation='blockwise',
+      ),
     ),
     MixerCase(
       'attention_causal_and_window_qk_norm',

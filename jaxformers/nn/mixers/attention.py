@@ -62,7 +62,8 @@ class Attention(nn.Module):
     num_kv_heads: G, heads of keys and values, a divisor of H; None for H.
     mask: who sees whom, besides segments.
     position: how positions enter the scores.
-    scale: multiplier of the scores.
+    scale: multiplier of the scores; or a module that owns parameters and gives
+      one when called with H (`jaxformers.nn.LearnedSSMax`).
     kind: how scores become weights.
     qk_norm: a norm for queries and keys, applied per head before positions
       (Dehghani et al., 2023, arXiv 2302.05442); None for none.
@@ -76,7 +77,7 @@ class Attention(nn.Module):
   num_kv_heads: int | None = None
   mask: Mask = Causal()
   position: PositionScheme = NoPosition()
-  scale: Scale = InverseSqrt()
+  scale: Scale | nn.Module = InverseSqrt()
   kind: Kind = Softmax()
   qk_norm: nn.Module | None = None
   use_bias: bool = False
@@ -146,6 +147,11 @@ class Attention(nn.Module):
       key_BLGK = self.qk_norm.copy(name='key_norm')(key_BLGK)
     return query_BLHK, key_BLGK, value_BLGK
 
+  def _scale(self):
+    if isinstance(self.scale, nn.Module):
+      return self.scale.copy(name='score')(self.num_heads)
+    return self.scale
+
   def _attend(self, query, key, value, mask, **positions):
     return attend(
       query,
@@ -153,7 +159,7 @@ class Attention(nn.Module):
       value,
       mask=mask,
       position=self.position,
-      scale=self.scale,
+      scale=self._scale(),
       kind=self.kind,
       implementation=self.implementation,
       **positions,
