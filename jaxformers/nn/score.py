@@ -1,9 +1,12 @@
-"""Scales of attention scores that are learned."""
+"""Scales and biases of attention scores that are learned."""
 
 import math
 
 import flax.linen as nn
 
+from jaxformers.nn.init import Initializer
+from jaxformers.nn.init import Normal
+from jaxformers.ops import biases
 from jaxformers.ops import scales
 
 
@@ -35,3 +38,59 @@ class LearnedSSMax(nn.Module):
     start = nn.initializers.constant(1 / math.log(self.train_length))
     s_H = self.param('s_H', start, (num_heads,))
     return scales.Product(self.base, scales.SSMax(s_H))
+
+
+class LearnedT5Bias(nn.Module):
+  """Owns a number for each head and bucket of distances, and gives the bias.
+
+  Goes into the `bias` slot of attention.
+
+  Source: Raffel et al., "Exploring the Limits of Transfer Learning with a
+  Unified Text-to-Text Transformer", 2019, arXiv 1910.10683, section 2.1.
+
+  Attributes:
+    num_buckets: N.
+    bidirectional: see `jaxformers.ops.T5Bias`.
+    max_distance: see `jaxformers.ops.T5Bias`.
+    initializer: how the numbers begin.
+  """
+
+  num_buckets: int = 32
+  bidirectional: bool = False
+  max_distance: int = 128
+  initializer: Initializer = Normal()
+
+  @nn.compact
+  def __call__(self, num_heads: int) -> biases.T5Bias:
+    shape = self.num_buckets, num_heads
+    table_NH = self.param(
+      'table_NH', self.initializer(in_axis=0, out_axis=1), shape
+    )
+    return biases.T5Bias(table_NH, self.bidirectional, self.max_distance)
+
+
+class LearnedRelativeBias(nn.Module):
+  """Owns a number for each head and clipped distance, and gives the bias.
+
+  Goes into the `bias` slot of attention.
+
+  Source: Shaw et al., "Self-Attention with Relative Position Representations",
+  2018, arXiv 1803.02155, section 3.2; see `jaxformers.ops.RelativeBias`.
+
+  Attributes:
+    max_distance: C; distances beyond it count as C.
+    initializer: how the numbers begin.
+  """
+
+  max_distance: int
+  initializer: Initializer = Normal()
+
+  @nn.compact
+  def __call__(self, num_heads: int) -> biases.RelativeBias:
+    if self.max_distance < 0:
+      raise ValueError(
+        f'LearnedRelativeBias needs max_distance >= 0, got {self.max_distance}.'
+      )
+    shape = 2 * self.max_distance + 1, num_heads
+    start = self.initializer(in_axis=0, out_axis=1)
+    return biases.RelativeBias(self.param('table_NH', start, shape))

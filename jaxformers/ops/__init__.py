@@ -4,6 +4,12 @@ from jaxformers.ops.attention import Attended
 from jaxformers.ops.attention import Softmax
 from jaxformers.ops.attention import attend
 from jaxformers.ops.attention import attend_partial
+from jaxformers.ops.attention import supports
+from jaxformers.ops.biases import ALiBi
+from jaxformers.ops.biases import Bias
+from jaxformers.ops.biases import DenseBias
+from jaxformers.ops.biases import RelativeBias
+from jaxformers.ops.biases import T5Bias
 from jaxformers.ops.concentration import ScoreFit
 from jaxformers.ops.concentration import attention_entropy
 from jaxformers.ops.concentration import concentration

@@ -26,7 +26,10 @@ from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Real
 
+from jaxformers.ops.biases import Bias
+from jaxformers.ops.biases import as_bias
 from jaxformers.ops.blockwise import Places
+from jaxformers.ops.blockwise import Summary
 from jaxformers.ops.blockwise import attend_blockwise
 from jaxformers.ops.blockwise import count_visible
 from jaxformers.ops.masks import Mask
@@ -35,16 +38,20 @@ from jaxformers.ops.partial import Partial
 from jaxformers.ops.partial import partial_of
 from jaxformers.ops.positions import NoPosition
 from jaxformers.ops.positions import PositionScheme
+from jaxformers.ops.positions import Rotary
 from jaxformers.ops.scales import InverseSqrt
 from jaxformers.ops.scales import Scale
+from jaxformers.ops.vendor import KERNELS
+from jaxformers.ops.vendor import LANES
+from jaxformers.ops.vendor import refuses_mask
 
-BLOCK = 256
-"""Queries and keys per block, where nothing else is said."""
+BLOCK = 512
+"""Queries and keys per block, where nothing else is said and masks reach far."""
 
-LONG = 1024 * 1024
+LONG = 512 * 512
 """From so many pairs of query and key on, `'auto'` goes block by block."""
 
-Implementation = Literal['auto', 'xla', 'blockwise']
+Implementation = Literal['auto', 'xla', 'blockwise', 'cudnn', 'tpu']
 
 
 class Attended(NamedTuple):
@@ -56,11 +63,16 @@ class Attended(NamedTuple):
       -inf where a query sees nothing.
     entropy: float32 `[B, L, H]`, entropy of the weights in nats, from 0 to the
       logarithm of the number of visible keys.
+    effective_support: float32 `[B, L, H]`, how many keys share the weight,
+      `1 / sum p^2`; 0 where a query sees nothing.
+    variance: float32 `[B, L, H]`, of the logits under the weights.
   """
 
   out: Float[Array, 'B L H V']
   log_normalizer: Float[Array, 'B L H']
   entropy: Float[Array, 'B L H']
+  effective_support: Float[Array, 'B L H']
+  variance: Float[Array, 'B L H']
 
 
 class Weights(NamedTuple):
@@ -117,7 +129,7 @@ def attend(
   scale: Scale = InverseSqrt(),
   mask: Mask = NoMask(),
   kind: Kind = Softmax(),
-  bias: Float[Array, '#B #H #L #M'] | None = None,
+  bias: Bias | Float[Array, '#B #H #L #M'] | None = None,
   query_position: Real[Array, '... L'] | None = None,
   key_position: Real[Array, '... M'] | None = None,
   keys_stored: bool = False,
@@ -146,7 +158,7 @@ def attend(
     scale: multiplier of the scores, folded into the queries.
     mask: which keys a query sees.
     kind: how scores become weights.
-    bias: added to the scaled scores, broadcast to `[B, H, L, M]`.
+    bias: added to the scaled scores; an array is broadcast to `[B, H, L, M]`.
     query_position: positions `[L]` or `[B, L]`; default 0 .. L-1. Must be given
       where positions matter and L differs from M, because nothing says then
       whether the queries are the first or the last tokens.
@@ -154,10 +166,12 @@ def attend(
     keys_stored: True if the keys come from a cache, in the form that
       `position.store` gives, False if they are raw projections.
     implementation: `'xla'` materialises all scores; `'blockwise'` does not,
-      and skips blocks that nobody sees; `'auto'` chooses by `supports` and
-      `LONG`.
-    block: queries and keys per block for `'blockwise'`; None for `BLOCK`.
-    statistics: also return normaliser and entropy of the weights.
+      and skips blocks that nobody sees; `'cudnn'` and `'tpu'` hand plain cases
+      to kernels for GPUs and TPUs; `'auto'` chooses one of the first two, by
+      `supports` and `LONG`.
+    block: queries and keys per block for `'blockwise'`; None for `BLOCK`, or
+      less where the mask reaches less far.
+    statistics: also return normaliser, entropy, effective support and variance.
 
   Returns:
     The output `[B, L, H, V]` in the dtype of the values, or with `statistics`
@@ -184,7 +198,7 @@ def attend(
     statistics=statistics,
   )
   out_BLHV = result.out.astype(value_BMGV.dtype)
-  return result._replace(out=out_BLHV) if statistics else out_BLHV
+  return Attended(out_BLHV, *result[1:]) if statistics else out_BLHV
 
 
 def attend_partial(
@@ -205,8 +219,8 @@ def attend_partial(
     key_BMGK: the keys of this part.
     value_BMGV: their values.
     implementation: as for `attend`.
-    **options: `position`, `scale`, `mask`, `query_position`, `key_position`,
-      `keys_stored` and `block`, as for `attend`. A scale that counts visible
+    **options: `position`, `scale`, `mask`, `bias`, `query_position`,
+      `key_position`, `keys_stored` and `block`, as for `attend`. A scale that counts visible
       keys counts those of this part.
 
   Returns:
@@ -221,6 +235,7 @@ def attend_partial(
     key_BMGK,
     value_BMGV,
     implementation=implementation,
+    is_partial=True,
     **options,
   )
   return partial_of(result.out.astype(accumulator), result.log_normalizer)
@@ -235,6 +250,9 @@ class _Problem(NamedTuple):
   places: Places
   position: PositionScheme
   scale: Scale
+  kind: Kind
+  bias: Bias | None
+  statistics: bool
 
   def branches(self, visible_keys):
     """Returns the branches, with scaled queries."""
@@ -263,18 +281,33 @@ def _attend(
   implementation='auto',
   block=None,
   statistics=False,
-) -> Attended:
+  is_partial=False,
+) -> Summary:
   """Attends; the output is not yet in the dtype of the values."""
   _check_shapes(query, key, value)
+  bias = as_bias(bias)
   implementation = _choose(
-    implementation, supports('blockwise', kind, bias, statistics), query, key
+    implementation,
+    query,
+    key,
+    position=position,
+    mask=mask,
+    kind=kind,
+    bias=bias,
+    statistics=statistics or is_partial,
+    dtype=query.dtype,
+    default_positions=query_position is None and key_position is None,
   )
-  if implementation == 'xla' and block is not None:
+  if implementation != 'blockwise' and block is not None:
     raise ValueError(
-      f"block={block} given, but 'xla' materialises all scores at once and "
-      "has no blocks; leave block=None or ask for 'blockwise'."
+      f'block={block} given, but {implementation!r} takes none; leave '
+      "block=None or ask for 'blockwise'."
     )
-  compares = mask.compares_positions or position.compares_positions
+  compares = (
+    mask.compares_positions
+    or position.compares_positions
+    or (bias is not None and bias.compares_positions)
+  )
   places = Places(
     mask, *_positions(query, key, query_position, key_position, compares)
   )
@@ -283,23 +316,50 @@ def _attend(
   value = jnp.where(exists, value, 0)
   if not keys_stored:
     key = position.store(key, places.key_position)
-  problem = _Problem(query, key, value, places, position, scale)
-  if implementation == 'blockwise':
-    return _attend_blocks(problem, BLOCK if block is None else block)
-  return _attend_whole(problem, kind, bias, statistics)
+  problem = _Problem(
+    query, key, value, places, position, scale, kind, bias, statistics
+  )
+  match implementation:
+    case 'blockwise':
+      return _attend_blocks(problem, block or _block_size(mask))
+    case 'xla':
+      return _attend_whole(problem)
+  return _attend_kernel(problem, implementation)
+
+
+def _block_size(mask):
+  """Returns the block for a mask: smaller where most of a large one is hidden."""
+  reach = mask.reach
+  return BLOCK if reach is None or reach >= BLOCK else max(BLOCK // 2, 1)
 
 
 def _attend_blocks(problem, block):
   """Runs the blockwise implementation."""
-  lengths = problem.query.shape[1], problem.key.shape[1]
-  branches = problem.branches(
-    lambda: count_visible(problem.places, *lengths, block)
+  return attend_blockwise(
+    problem.branches(lambda: _count_visible(problem, block)),
+    problem.value,
+    problem.places,
+    block,
+    bias=problem.bias,
+    statistics=problem.statistics,
   )
-  summary = attend_blockwise(branches, problem.value, problem.places, block)
-  return Attended(summary.out, summary.log_normalizer, None)
 
 
-def _attend_whole(problem, kind, bias, statistics):
+def _count_visible(problem, block):
+  lengths = problem.query.shape[1], problem.key.shape[1]
+  return count_visible(problem.places, *lengths, block)
+
+
+def _attend_kernel(problem, implementation):
+  """Hands the problem to a vendor's kernel."""
+  branch, *_ = problem.branches(lambda: _count_visible(problem, BLOCK))
+  out_BLHV = KERNELS[implementation](
+    branch.query, branch.key, problem.value, problem.places.mask
+  )
+  return Summary(out_BLHV, None)
+
+
+def _attend_whole(problem):
   """Materialises all scores."""
   places = problem.places
   is_visible = places.mask.visible(places.query_position, places.key_position)
@@ -309,21 +369,37 @@ def _attend_whole(problem, kind, bias, statistics):
     shape = *is_visible.shape[:2], *lengths
     return jnp.broadcast_to(is_visible, shape).sum(axis=-1, dtype=jnp.int32)
 
-  logits_BHLM = _logits(
-    problem.branches(visible_keys), places.query_position, places.key_position
-  )
-  if bias is not None:
+  branches = problem.branches(visible_keys)
+  positions = places.query_position, places.key_position
+  logits_BHLM = _logits(branches, *positions)
+  if problem.bias is not None:
+    bias = problem.bias.logits(branches[0].query, branches[0].key, *positions)
     logits_BHLM += bias.astype(logits_BHLM.dtype)
-  weights_BHLM, log_normalizer_BHL = kind.weights(logits_BHLM, is_visible)
+  weights_BHLM, log_normalizer_BHL = problem.kind.weights(
+    logits_BHLM, is_visible
+  )
   out_BLHV = _weighted_values(weights_BHLM, problem.value)
-  entropy_BLH = _entropy(weights_BHLM).swapaxes(1, 2) if statistics else None
-  return Attended(out_BLHV, log_normalizer_BHL.swapaxes(1, 2), entropy_BLH)
+  summary = Summary(out_BLHV, log_normalizer_BHL.swapaxes(1, 2))
+  if not problem.statistics:
+    return summary
+  statistics = _statistics(weights_BHLM, logits_BHLM)
+  return summary._replace(
+    **{name: x.swapaxes(1, 2) for name, x in statistics.items()}
+  )
 
 
-def _entropy(weights_BHLM):
-  # `entr` has an infinite slope at weight 0, so those take part as p = 1.
+def _statistics(weights_BHLM, logits_BHLM):
+  """Returns statistics of weights and logits, each `[B, H, L]`."""
+  # The slope of p log p is infinite at 0, so those take part as p = 1.
   positive_BHLM = jnp.where(weights_BHLM > 0, weights_BHLM, 1)
-  return -(positive_BHLM * jnp.log(positive_BHLM)).sum(axis=-1)
+  squares_BHL = (weights_BHLM**2).sum(axis=-1)
+  safe_BHL = jnp.where(squares_BHL > 0, squares_BHL, 1)
+  mean_BHL1 = (weights_BHLM * logits_BHLM).sum(axis=-1, keepdims=True)
+  return {
+    'entropy': -(positive_BHLM * jnp.log(positive_BHLM)).sum(axis=-1),
+    'effective_support': jnp.where(squares_BHL > 0, 1 / safe_BHL, 0),
+    'variance': (weights_BHLM * (logits_BHLM - mean_BHL1) ** 2).sum(axis=-1),
+  }
 
 
 def _scaled(query_BLHK, multiplier):
@@ -421,42 +497,77 @@ def _check_shapes(query, key, value):
 
 
 def supports(
-  implementation: str, kind: Kind, bias: Array | None, statistics: bool
+  implementation: str,
+  *,
+  position: PositionScheme = NoPosition(),
+  mask: Mask = NoMask(),
+  kind: Kind = Softmax(),
+  bias: Bias | None = None,
+  statistics: bool = False,
+  dtype: Any = jnp.float32,
+  lengths: tuple[int, int] | None = None,
+  default_positions: bool = True,
 ) -> str | None:
   """Says why an implementation cannot do what is asked; None if it can.
+
+  A scale never matters: it is folded into the queries.
 
   Source: none; a property of this library.
 
   Args:
     implementation: its name.
+    position: how positions enter.
+    mask: who sees whom.
     kind: how scores become weights.
     bias: what is added to scores.
-    statistics: whether statistics are wanted.
+    statistics: whether statistics are wanted, or a result to be merged.
+    dtype: of the queries.
+    lengths: numbers of queries and keys; None if not known.
+    default_positions: whether both count from 0.
   """
   if implementation == 'xla':
     return None
   if not isinstance(kind, Softmax):
     return f'it knows the kind Softmax() only, not {kind}'
+  if implementation == 'blockwise':
+    return None
   if bias is not None:
-    return 'it takes no bias array, which is as large as all scores'
+    return 'it takes no bias'
   if statistics:
-    return 'it gives no statistics'
-  return None
+    return 'it gives neither statistics nor partial results'
+  if not isinstance(position, NoPosition | Rotary):
+    return (
+      f'it computes one product per pair, {type(position).__name__} may not'
+    )
+  length, keys = lengths or (1, 1)
+  if mask.compares_positions and not (default_positions and length == keys):
+    return 'it knows as many queries as keys, at positions 0, 1, 2, ... only'
+  if implementation == 'cudnn' and dtype not in (jnp.float16, jnp.bfloat16):
+    return f'it knows float16 and bfloat16 only, not {jnp.dtype(dtype)}'
+  if implementation == 'tpu' and lengths and (length % LANES or keys % LANES):
+    return f'it needs multiples of {LANES} queries and keys, not {lengths}'
+  return refuses_mask(implementation, mask)
 
 
-def _choose(implementation, reason, query, key):
-  """Returns the implementation to run, given what keeps 'blockwise' from it."""
+def _choose(implementation, query, key, **asked):
+  """Returns the implementation to run."""
   known = get_args(Implementation)
   if implementation not in known:
     raise ValueError(
       f'unknown implementation {implementation!r}; known: {", ".join(known)}.'
     )
-  if implementation == 'blockwise' and reason is not None:
+  lengths = query.shape[1], key.shape[1]
+  asked = {**asked, 'lengths': lengths}
+  if implementation == 'auto':
+    is_long = lengths[0] * lengths[1] >= LONG
+    is_able = supports('blockwise', **asked) is None
+    return 'blockwise' if is_long and is_able else 'xla'
+  if (reason := supports(implementation, **asked)) is not None:
+    others = [
+      repr(name) for name in known[1:] if supports(name, **asked) is None
+    ]
     raise ValueError(
-      f"implementation 'blockwise' cannot do this: {reason}; 'xla' can, and "
-      "'auto' chooses."
+      f'implementation {implementation!r} cannot do this: {reason}; '
+      f"{' and '.join(others)} can, and 'auto' chooses."
     )
-  if implementation != 'auto':
-    return implementation
-  is_long = query.shape[1] * key.shape[1] >= LONG
-  return 'blockwise' if is_long and reason is None else 'xla'
+  return implementation

@@ -20,9 +20,16 @@ from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from jaxformers.ops.biases import Bias
 from jaxformers.ops.masks import Mask
 from jaxformers.ops.masks import Span
 from jaxformers.ops.positions import Branch
+from jaxformers.ops.tile import Tile
+from jaxformers.ops.tile import cut
+
+SCORES = 1024 * 1024
+"""On CPUs so many scores at a time, which fit the cache; rows of the batch that
+exceed it wait for their turn."""
 
 
 class Plan(NamedTuple):
@@ -33,12 +40,14 @@ class Plan(NamedTuple):
     keys: keys per block.
     key_count: number of keys before padding.
     regions: the region of each branch.
+    statistics: whether statistics of the weights are wanted.
   """
 
   queries: int
   keys: int
   key_count: int
-  regions: tuple[Any, ...]
+  regions: tuple[Any, ...] = ()
+  statistics: bool = False
 
 
 class Places(NamedTuple):
@@ -54,6 +63,14 @@ class Places(NamedTuple):
   query_position: Array
   key_position: Array
 
+  def block(self, tile: Tile) -> 'Places':
+    """Returns the places of some rows, queries and keys."""
+    return Places(
+      self.mask.block(tile),
+      cut(cut(self.query_position, 0, tile.rows), 1, tile.queries),
+      cut(cut(self.key_position, 0, tile.rows), 1, tile.keys),
+    )
+
 
 class Summary(NamedTuple):
   """Attention over some keys, with what is needed to add others.
@@ -61,10 +78,26 @@ class Summary(NamedTuple):
   Attributes:
     out: `[B, L, H, V]` in at least float32; 0 for a query that saw nothing.
     log_normalizer: `[B, L, H]`; -inf for a query that saw nothing.
+    entropy: `[B, L, H]`, of the weights in nats; None if not wanted, and so the
+      others.
+    effective_support: `[B, L, H]`, 1 / sum of squared weights.
+    variance: `[B, L, H]`, of the scores under the weights.
   """
 
   out: Float[Array, 'B L H V']
   log_normalizer: Float[Array, 'B L H']
+  entropy: Float[Array, 'B L H'] | None = None
+  effective_support: Float[Array, 'B L H'] | None = None
+  variance: Float[Array, 'B L H'] | None = None
+
+
+class _Operands(NamedTuple):
+  """What is differentiated, in blocks."""
+
+  queries: tuple[Array, ...]  # [B, n, G, R, L, K], one for each branch
+  keys: tuple[Array, ...]  # [B, m, G, M, K]
+  value: Array  # [B, m, G, M, V]
+  bias: Bias | None
 
 
 def attend_blockwise(
@@ -72,6 +105,9 @@ def attend_blockwise(
   value_BMGV: Float[Array, 'B M G V'],
   places: Places,
   block: int,
+  *,
+  bias: Bias | None = None,
+  statistics: bool = False,
 ) -> Summary:
   """Attends block by block.
 
@@ -86,6 +122,8 @@ def attend_blockwise(
     value_BMGV: values.
     places: mask and positions.
     block: queries and keys per block.
+    bias: what is added to scores.
+    statistics: whether to compute statistics of the weights.
   """
   length, heads = branches[0].query.shape[1:3]
   keys, groups = value_BMGV.shape[1:3]
@@ -94,18 +132,22 @@ def attend_blockwise(
     min(block, keys),
     keys,
     tuple(branch.region for branch in branches),
+    statistics,
   )
-  queries = tuple(_query_blocks(b.query, groups, plan) for b in branches)
-  key_blocks = tuple(_key_blocks(b.key, plan) for b in branches)
-  places = _padded(places, plan)
-  out, log_normalizer = _attend(
-    plan, queries, key_blocks, _key_blocks(value_BMGV, plan), places
+  operands = _Operands(
+    tuple(_query_blocks(b.query, groups, plan) for b in branches),
+    tuple(_key_blocks(b.key, plan) for b in branches),
+    _key_blocks(value_BMGV, plan),
+    None if bias is None else bias.padded(plan.queries, plan.keys),
   )
-  shape = value_BMGV.shape[0], -1, heads, value_BMGV.shape[3]
-  # [n, B, G, R, L, V] -> [B, n L, G R, V]
-  out = out.transpose(1, 0, 4, 2, 3, 5).reshape(shape)[:, :length]
-  log_normalizer = log_normalizer.transpose(1, 0, 4, 2, 3).reshape(shape[:3])
-  return Summary(out, log_normalizer[:, :length])
+  summary = _attend(plan, operands, _padded(places, plan))
+
+  def whole(x):
+    # [B, n, G, R, L, ...] -> [B, n L, G R, ...]
+    x = jnp.moveaxis(x, 4, 2)
+    return x.reshape(x.shape[0], -1, heads, *x.shape[5:])[:, :length]
+
+  return jax.tree.map(whole, summary)
 
 
 def count_visible(
@@ -124,7 +166,7 @@ def count_visible(
   Returns:
     int32 `[B, H, L]`; axes B and H may have size 1.
   """
-  plan = Plan(length, min(block, keys), keys, ())
+  plan = Plan(length, min(block, keys), keys)
   places = _padded(places, plan)
   blocks = places.key_position.shape[1] // plan.keys
 
@@ -140,21 +182,18 @@ def count_visible(
 
 
 def _query_blocks(query_BLHK, groups, plan):
-  """Returns `[n, B, G, R, L, K]`."""
-  batch, length, heads, width = query_BLHK.shape
+  """Returns `[B, n, G, R, L, K]`."""
+  batch, _, heads, width = query_BLHK.shape
   query = _pad_axis(query_BLHK, 1, plan.queries)
-  blocks = query.reshape(
-    batch, -1, plan.queries, groups, heads // groups, width
-  )
-  return blocks.transpose(1, 0, 3, 4, 2, 5)
+  shape = batch, -1, plan.queries, groups, heads // groups, width
+  return jnp.moveaxis(query.reshape(shape), 2, 4)
 
 
 def _key_blocks(key_BMGK, plan):
-  """Returns `[n, B, G, M, K]`."""
+  """Returns `[B, m, G, M, K]`."""
   batch, _, groups, width = key_BMGK.shape
   key = _pad_axis(key_BMGK, 1, plan.keys)
-  blocks = key.reshape(batch, -1, plan.keys, groups, width)
-  return blocks.transpose(1, 0, 3, 2, 4)
+  return key.reshape(batch, -1, plan.keys, groups, width).swapaxes(2, 3)
 
 
 def _padded(places, plan):
@@ -171,7 +210,14 @@ def _pad_axis(x, axis, multiple):
   return jnp.pad(x, padding, mode='edge') if padding[axis][1] else x
 
 
-class _Tile(NamedTuple):
+def _tile(plan, i, j):
+  """Where query block i and key block j are, in all rows."""
+  return Tile(
+    None, (i * plan.queries, plan.queries), (j * plan.keys, plan.keys)
+  )
+
+
+class _Scores(NamedTuple):
   """Scores of one block of queries against one block of keys."""
 
   logits: Array  # [B, G, R, L, M]
@@ -179,39 +225,46 @@ class _Tile(NamedTuple):
   holds: tuple[Array, ...]  # where each later branch holds
 
 
-def _tile(plan, queries, keys, places, i, j):
-  """Computes scores of query blocks `queries` and key blocks `keys`."""
-  query_position, key_position = _positions(plan, places, i, j)
-  is_visible = _visible(plan, places, i, j)
+def _scores(plan, queries, keys, bias, places, tile):
+  """Computes scores of query blocks and key blocks, without their bias."""
+  here = places.block(tile)
   groups = keys[0].shape[1]
   logits = _products(queries[0], keys[0])
   holds = []
   for query, key, region in zip(
     queries[1:], keys[1:], plan.regions[1:], strict=True
   ):
-    hold = _grouped(region(query_position, key_position), groups)
+    hold = _grouped(region(here.query_position, here.key_position), groups)
     logits = jnp.where(hold, _products(query, key), logits)
     holds.append(hold)
-  return _Tile(logits, _grouped(is_visible, groups), tuple(holds))
+  if bias is not None:
+    logits += _bias(bias.block(tile), queries[0], keys[0], here)
+  is_visible = _grouped(_visible_here(plan, here, tile), groups)
+  return _Scores(logits, is_visible, tuple(holds))
 
 
-def _positions(plan, places, i, j):
-  cut = functools.partial(jax.lax.dynamic_slice_in_dim, axis=1)
-  return (
-    cut(places.query_position, i * plan.queries, plan.queries),
-    cut(places.key_position, j * plan.keys, plan.keys),
+def _bias(bias, query, key, here):
+  """Returns the bias of a block, broadcast to `[B, G, R, L, M]`."""
+  batch, groups, repeats, length, width = query.shape
+  query_BLHK = jnp.moveaxis(query, 3, 1).reshape(batch, length, -1, width)
+  logits_BHLM = bias.logits(
+    query_BLHK, key.swapaxes(1, 2), here.query_position, here.key_position
   )
+  shape = batch, groups, repeats, length, key.shape[2]
+  dtype = jnp.promote_types(query.dtype, jnp.float32)
+  return jnp.broadcast_to(_grouped(logits_BHLM, groups), shape).astype(dtype)
 
 
 def _visible(plan, places, i, j):
   """Returns which keys of block j the queries of block i see."""
-  mask = places.mask.block(
-    i * plan.queries, plan.queries, j * plan.keys, plan.keys
-  )
-  is_visible = mask.visible(*_positions(plan, places, i, j))
+  tile = _tile(plan, i, j)
+  return _visible_here(plan, places.block(tile), tile)
+
+
+def _visible_here(plan, here, tile):
+  is_visible = here.mask.visible(here.query_position, here.key_position)
   if plan.key_count % plan.keys:  # The last block is filled up.
-    index = j * plan.keys + jnp.arange(plan.keys)
-    is_visible &= index < plan.key_count
+    is_visible &= tile.keys[0] + jnp.arange(plan.keys) < plan.key_count
   return is_visible
 
 
@@ -222,12 +275,12 @@ def _products(query, key):
   )
 
 
-def _grouped(is_visible_BHLM, groups):
+def _grouped(x_BHLM, groups):
   """Splits the axis of heads into groups, `[B, G, R, L, M]`."""
-  batch, heads, *rest = is_visible_BHLM.shape
+  batch, heads, *rest = x_BHLM.shape
   if heads == 1:
-    return is_visible_BHLM[:, :, None]
-  return is_visible_BHLM.reshape(batch, groups, heads // groups, *rest)
+    return x_BHLM[:, :, None]
+  return x_BHLM.reshape(batch, groups, heads // groups, *rest)
 
 
 def _seen(places, queries, keys):
@@ -249,125 +302,308 @@ def _span(position, size):
   return Span(blocks.min(axis=(0, 2)), blocks.max(axis=(0, 2)))
 
 
-def _forward(plan, queries, keys, value, places):
-  """Returns out `[n, B, G, R, L, V]` and log-normaliser `[n, B, G, R, L]`."""
+def _row_by_row(function, plan, total, operands, *more):
+  """Applies a function of operands and more to all rows of the batch.
+
+  On CPUs it gets a few rows at a time, so that scores stay in the cache.
+  Elsewhere it gets all at once, and rows may be spread over devices. It returns
+  arrays `[B, ...]` and what is to be added to `total`.
+  """
+  at_once = functools.partial(function, plan)
+  rows = _rows_at_once(plan, operands)
+  if rows == operands.value.shape[0]:
+    return at_once(operands, *more)
+  return jax.lax.platform_dependent(
+    operands,
+    *more,
+    cpu=functools.partial(_in_turns, plan, total, rows, at_once),
+    default=at_once,
+  )
+
+
+def _rows_at_once(plan, operands):
+  """Returns how many rows of the batch have at most `SCORES` scores."""
+  batch, _, groups, repeats = operands.queries[0].shape[:4]
+  scores = groups * repeats * plan.queries * plan.keys
+  fitting = max(SCORES // scores, 1)
+  return max(n for n in range(1, batch + 1) if batch % n == 0 and n <= fitting)
+
+
+def _in_turns(plan, total, rows, function, operands, *more):
+  """Applies a function to a few rows after the other."""
+  batch, blocks = operands.value.shape[:2]
+  queries = 0, plan.queries * operands.queries[0].shape[1]
+  keys = 0, plan.keys * blocks
+
+  def turn(total, start):
+    tile = Tile((start, rows), queries, keys)
+    part, new = function(*(_rows(a, tile) for a in (operands, *more)))
+    if total is not None:
+      total = operands.bias.add(total, new, tile)
+    return total, part
+
+  starts = jnp.arange(0, batch, rows, dtype=jnp.int32)
+  total, parts = jax.lax.scan(turn, total, starts)
+  whole = jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), parts)
+  return whole, total
+
+
+def _rows(argument, tile):
+  """Returns some rows of operands, places or arrays `[B, ...]`."""
+  first = lambda x: cut(x, 0, tile.rows)
+  match argument:
+    case Places():
+      return argument.block(tile)
+    case _Operands(queries, keys, value, bias):
+      bias = None if bias is None else bias.block(tile)
+      return _Operands(*jax.tree.map(first, (queries, keys, value)), bias)
+  return jax.tree.map(first, argument)
+
+
+def _zeros(tree):
+  """Returns what gradients of a tree are added to."""
+  zero = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+  return jax.tree.map(zero, tree)
+
+
+class _Running(NamedTuple):
+  """Sums over the keys seen so far, with weights `exp(logit - maximum)`."""
+
+  maximum: Array
+  total: Array
+  mean: Array  # of values, not yet divided
+  first: Array | None  # sums of (logit - maximum) and its square
+  second: Array | None
+  squares: Array | None  # of the weights
+
+
+def _start(shape, width, dtype, statistics):
+  zeros = jnp.zeros(shape, dtype)
+  sums = (zeros,) * 3 if statistics else (None,) * 3
+  lowest = jnp.full(shape, jnp.finfo(dtype).min, dtype)
+  return _Running(lowest, zeros, jnp.zeros((*shape, width), dtype), *sums)
+
+
+def _add_keys(running, logits, is_visible, value):
+  """Adds one block of keys."""
+  lowest = jnp.finfo(logits.dtype).min
+  logits = jnp.where(is_visible, logits, lowest)
+  maximum = jnp.maximum(running.maximum, logits.max(axis=-1))
+  # Where nothing was seen yet, 0 instead of the lowest number makes the
+  # exponentials of what is masked 0 rather than 1.
+  base = jnp.where(maximum == lowest, 0, maximum)
+  relative = logits - base[..., None]
+  weights = jnp.exp(relative)
+  shrink = jnp.exp(running.maximum - base)
+  weighted = jnp.einsum(
+    'BGRLM,BGMV->BGRLV',
+    weights.astype(value.dtype),
+    value,
+    preferred_element_type=logits.dtype,
+  )
+  moments = None, None, None
+  if running.first is not None:
+    relative = jnp.where(is_visible, relative, 0)
+    shift = jnp.where(running.total > 0, running.maximum - base, 0)
+    first = running.first + shift * running.total
+    second = running.second + shift * (running.first + first)
+    moments = (
+      shrink * first + (weights * relative).sum(axis=-1),
+      shrink * second + (weights * relative**2).sum(axis=-1),
+      shrink**2 * running.squares + (weights**2).sum(axis=-1),
+    )
+  return _Running(
+    maximum,
+    running.total * shrink + weights.sum(axis=-1),
+    running.mean * shrink[..., None] + weighted,
+    *moments,
+  )
+
+
+def _finish(running):
+  """Divides sums by the sum of weights."""
+  sees_any = running.total > 0
+  total = jnp.where(sees_any, running.total, 1)
+  summary = Summary(
+    running.mean / total[..., None],
+    jnp.where(sees_any, running.maximum + jnp.log(total), -jnp.inf),
+  )
+  if running.first is None:
+    return summary
+  mean = running.first / total
+  squares = jnp.where(sees_any, running.squares, 1)
+  return summary._replace(
+    entropy=jnp.log(total) - mean,
+    effective_support=jnp.where(sees_any, total**2 / squares, 0),
+    variance=jnp.maximum(running.second / total - mean**2, 0),
+  )
+
+
+def _forward(plan, operands, places):
+  """Returns a summary, arrays `[B, n, G, R, L, ...]`, and no gradient."""
+  queries, keys, value, bias = operands
   first, last = _seen(places, plan.queries, plan.keys)
   dtype = jnp.promote_types(value.dtype, jnp.float32)
-  shape = queries[0].shape[1:-1]
-  lowest = jnp.finfo(dtype).min
+  batch, blocks, *shape, _ = queries[0].shape
 
   def query_block(i):
-    own = tuple(query[i] for query in queries)
+    own = tuple(query[:, i] for query in queries)
 
-    def add(j, carry):
-      maximum, total, mean = carry
-      tile = _tile(plan, own, tuple(k[j] for k in keys), places, i, j)
-      logits = jnp.where(tile.is_visible, tile.logits, lowest)
-      new = jnp.maximum(maximum, logits.max(axis=-1))
-      # Where nothing was seen yet, 0 instead of the lowest number makes the
-      # exponentials of what is masked 0 rather than 1.
-      base = jnp.where(new == lowest, 0, new)
-      powers = jnp.exp(logits - base[..., None])
-      shrink = jnp.exp(maximum - base)
-      weighted = jnp.einsum(
-        'BGRLM,BGMV->BGRLV',
-        powers.astype(value.dtype),
-        value[j],
-        preferred_element_type=dtype,
-      )
-      total = total * shrink + powers.sum(axis=-1)
-      return new, total, mean * shrink[..., None] + weighted
+    def add(j, running):
+      others = tuple(key[:, j] for key in keys)
+      tile = _tile(plan, i, j)
+      scores = _scores(plan, own, others, bias, places, tile)
+      return _add_keys(running, scores.logits, scores.is_visible, value[:, j])
 
-    carry = (
-      jnp.full(shape, lowest, dtype),
-      jnp.zeros(shape, dtype),
-      jnp.zeros((*shape, value.shape[-1]), dtype),
-    )
-    maximum, total, mean = jax.lax.fori_loop(first[i], last[i], add, carry)
-    sees_any = total > 0
-    safe = jnp.where(sees_any, total, 1)
-    log_normalizer = jnp.where(sees_any, maximum + jnp.log(safe), -jnp.inf)
-    return mean / safe[..., None], log_normalizer
+    start = _start((batch, *shape), value.shape[-1], dtype, plan.statistics)
+    return _finish(jax.lax.fori_loop(first[i], last[i], add, start))
 
-  return jax.lax.map(query_block, jnp.arange(queries[0].shape[0]))
+  summary = jax.lax.map(query_block, jnp.arange(blocks))
+  return jax.tree.map(lambda x: x.swapaxes(0, 1), summary), None
 
 
-def _attend_fwd(plan, queries, keys, value, places):
+def _value(plan, operands, places):
+  return _row_by_row(_forward, plan, None, operands, places)[0]
+
+
+def _attend_fwd(plan, operands, places):
   # Not `_attend`: the rules themselves can then be differentiated forward.
-  out, log_normalizer = _forward(plan, queries, keys, value, places)
-  return (out, log_normalizer), (
-    queries,
-    keys,
-    value,
-    places,
-    out,
-    log_normalizer,
-  )
+  summary = _value(plan, operands, places)
+  return summary, (operands, places, summary)
 
 
-def _attend_bwd(plan, residuals, cotangents):
-  """Computes the weights again, block by block, and sums their gradients."""
-  queries, keys, value, places, out, log_normalizer = residuals
-  d_out, d_log = cotangents
-  first, last = _seen(places, plan.queries, plan.keys)
-  dtype = out.dtype
-  lowest = jnp.finfo(dtype).min
-  # d logits = p (d_out . v - d_out . out + d_log): the last two are per row.
-  offset = d_log - jnp.sum(d_out * out, axis=-1)
-  sees_any = log_normalizer > -jnp.inf
-  base = jnp.where(sees_any, log_normalizer, 0)
-  offset = jnp.where(sees_any, offset, 0)
-
-  def query_block(carry, i):
-    own = tuple(query[i] for query in queries)
-
-    def add(j, carry):
-      d_own, d_keys, d_value = carry
-      others = tuple(key[j] for key in keys)
-      tile = _tile(plan, own, others, places, i, j)
-      logits = jnp.where(tile.is_visible, tile.logits, lowest)
-      weights = jnp.exp(logits - base[i][..., None])
-      d_row = d_out[i].astype(value.dtype)
-      d_value = d_value.at[j].add(
-        _sum_rows(weights.astype(value.dtype), d_row, dtype)
-      )
-      d_weights = jnp.einsum(
-        'BGRLV,BGMV->BGRLM', d_row, value[j], preferred_element_type=dtype
-      )
-      d_logits = weights * (d_weights + offset[i][..., None])
-      new_own, new_keys = [], []
-      for part, d_query, d_key, query, key in zip(
-        _shares(d_logits, tile.holds), d_own, d_keys, own, others, strict=True
-      ):
-        part = part.astype(query.dtype)
-        new_own.append(
-          d_query
-          + jnp.einsum(
-            'BGRLM,BGMK->BGRLK', part, key, preferred_element_type=dtype
-          )
-        )
-        new_keys.append(d_key.at[j].add(_sum_rows(part, query, dtype)))
-      return tuple(new_own), tuple(new_keys), d_value
-
-    d_keys, d_value = carry
-    d_own = tuple(jnp.zeros(query.shape, dtype) for query in own)
-    d_own, d_keys, d_value = jax.lax.fori_loop(
-      first[i], last[i], add, (d_own, d_keys, d_value)
-    )
-    return (d_keys, d_value), d_own
-
-  zeros = tuple(jnp.zeros(key.shape, dtype) for key in keys)
-  carry = zeros, jnp.zeros(value.shape, dtype)
-  (d_keys, d_value), d_queries = jax.lax.scan(
-    query_block, carry, jnp.arange(queries[0].shape[0])
+def _attend_bwd(plan, residuals, cotangent):
+  operands, places, summary = residuals
+  (queries, keys, value), bias = _row_by_row(
+    _backward, plan, _zeros(operands.bias), operands, places, summary, cotangent
   )
   as_given = lambda new, old: new.astype(old.dtype)
-  return (
-    jax.tree.map(as_given, d_queries, queries),
-    jax.tree.map(as_given, d_keys, keys),
-    as_given(d_value, value),
-    None,
+  gradient = _Operands(queries, keys, value, bias)
+  return jax.tree.map(as_given, gradient, operands), None
+
+
+class _RowTerms(NamedTuple):
+  """Coefficients per query: `d_logit = p (d_p + polynomial of logit and p)`."""
+
+  base: Array  # logarithm of the normaliser, or 0
+  offset: Array
+  mean: Array | None = None  # of the logits
+  linear: Array | None = None  # of logit - mean
+  quadratic: Array | None = None
+  of_weight: Array | None = None
+
+
+def _row_terms(plan, summary, cotangent):
+  """Gathers what the gradient of a score needs of its row."""
+  sees_any = summary.log_normalizer > -jnp.inf
+  base = jnp.where(sees_any, summary.log_normalizer, 0)
+  offset = cotangent.log_normalizer - jnp.sum(
+    cotangent.out * summary.out, axis=-1
   )
+  if not plan.statistics:
+    return _RowTerms(base, jnp.where(sees_any, offset, 0))
+  support, d_support = summary.effective_support, cotangent.effective_support
+  offset += 2 * d_support * support - cotangent.variance * summary.variance
+  return _RowTerms(
+    base,
+    jnp.where(sees_any, offset, 0),
+    mean=base - summary.entropy,
+    linear=2 * cotangent.variance - cotangent.entropy,
+    quadratic=cotangent.variance,
+    of_weight=-2 * d_support * support**2,
+  )
+
+
+def _score_gradients(scores, terms, d_weights):
+  """Returns the weights, computed again, and the gradients of the scores."""
+  lowest = jnp.finfo(scores.logits.dtype).min
+  logits = jnp.where(scores.is_visible, scores.logits, lowest)
+  terms = jax.tree.map(lambda x: x[..., None], terms)
+  weights = jnp.exp(logits - terms.base)
+  slope = d_weights + terms.offset
+  if terms.mean is not None:
+    centred = jnp.where(scores.is_visible, logits - terms.mean, 0)
+    slope += (terms.linear + terms.quadratic * centred) * centred
+    slope += terms.of_weight * weights
+  return weights, weights * slope
+
+
+def _backward(plan, operands, places, summary, cotangent):
+  """Computes the weights again, block by block, and sums their gradients."""
+  queries, keys, value, bias = operands
+  first, last = _seen(places, plan.queries, plan.keys)
+  dtype = summary.out.dtype
+  terms = _row_terms(plan, summary, cotangent)
+
+  def query_block(carry, i):
+    own, row = jax.tree.map(lambda x: x[:, i], (queries, terms))
+    d_row = cotangent.out[:, i].astype(value.dtype)
+
+    def add(j, carry):
+      d_own, d_keys, d_value, d_bias = carry
+      others = tuple(key[:, j] for key in keys)
+      tile = _tile(plan, i, j)
+      scores = _scores(plan, own, others, bias, places, tile)
+      weights, d_logits = _score_gradients(
+        scores, row, _products(d_row, value[:, j])
+      )
+      d_value = d_value.at[:, j].add(
+        _sum_rows(weights.astype(value.dtype), d_row, dtype)
+      )
+      new_own, new_keys = _branch_gradients(d_logits, scores, own, others)
+      if bias is not None:
+        _, pull = jax.vjp(
+          lambda *x: _bias(*x, places.block(tile)),
+          bias.block(tile),
+          own[0],
+          others[0],
+        )
+        d_block, of_query, of_key = pull(d_logits)
+        d_bias = bias.add(d_bias, d_block, tile)
+        new_own[0] += of_query
+        new_keys[0] += of_key
+      d_own = tuple(a + b for a, b in zip(d_own, new_own, strict=True))
+      d_keys = tuple(
+        total.at[:, j].add(new)
+        for total, new in zip(d_keys, new_keys, strict=True)
+      )
+      return d_own, d_keys, d_value, d_bias
+
+    start = _zeros(own), *carry
+    d_own, *carry = jax.lax.fori_loop(first[i], last[i], add, start)
+    return tuple(carry), d_own
+
+  (d_keys, d_value, d_bias), d_queries = jax.lax.scan(
+    query_block,
+    (_zeros(keys), _zeros(value), _zeros(bias)),
+    jnp.arange(queries[0].shape[1]),
+  )
+  d_queries = jax.tree.map(lambda x: x.swapaxes(0, 1), d_queries)
+  return (d_queries, d_keys, d_value), d_bias
+
+
+def _branch_gradients(d_logits, scores, queries, keys):
+  """Gives each branch the gradient of the scores that it made."""
+  dtype = d_logits.dtype
+  d_queries, d_keys = [], []
+  for part, query, key in zip(
+    _shares(d_logits, scores.holds), queries, keys, strict=True
+  ):
+    part = part.astype(query.dtype)
+    d_queries.append(
+      jnp.einsum('BGRLM,BGMK->BGRLK', part, key, preferred_element_type=dtype)
+    )
+    d_keys.append(_sum_rows(part, query, dtype))
+  return d_queries, d_keys
+
+
+def _shares(d_logits, holds):
+  """Splits gradients of scores by the branch that made them."""
+  shares = []
+  for hold in reversed(holds):
+    shares.append(jnp.where(hold, d_logits, 0))
+    d_logits = jnp.where(hold, 0, d_logits)
+  return d_logits, *reversed(shares)
 
 
 def _sum_rows(weights, rows, dtype):
@@ -377,14 +613,5 @@ def _sum_rows(weights, rows, dtype):
   )
 
 
-def _shares(d_logits, holds):
-  """Gives each branch the gradient of the scores that it made."""
-  shares = []
-  for hold in reversed(holds):
-    shares.append(jnp.where(hold, d_logits, 0))
-    d_logits = jnp.where(hold, 0, d_logits)
-  return d_logits, *reversed(shares)
-
-
-_attend = jax.custom_vjp(_forward, nondiff_argnums=(0,))
+_attend = jax.custom_vjp(_value, nondiff_argnums=(0,))
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -6,13 +6,15 @@ key_position)` for whole arrays or for any block of them, so no caller needs an
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
 from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Bool, Int, Real
+
+from jaxformers.ops.tile import Tile
+from jaxformers.ops.tile import cut
 
 
 class Span(NamedTuple):
@@ -46,10 +48,13 @@ class Mask:
     compares_positions: whether the answer depends on how the position of a
       query relates to that of a key. Then both must count from the same origin.
     causal: whether no query ever sees a key at a later position.
+    reach: how many positions from its own the furthest key is that a query may
+      see, itself included; None if there is no such limit. Blocks adapt to it.
   """
 
   compares_positions: bool
   causal: bool
+  reach: int | None = None
 
   def visible(
     self,
@@ -86,12 +91,13 @@ class Mask:
     del queries, keys
     return self
 
-  def block(
-    self, query_start: Array, queries: int, key_start: Array, keys: int
-  ) -> 'Mask':
-    """Returns the mask of some queries and some keys, for `visible` of them."""
-    del query_start, queries, key_start, keys
-    return self
+  def block(self, tile: Tile) -> 'Mask':
+    """Returns the mask of some rows, queries and keys, for `visible` of them.
+
+    As it stands this takes the leading axis of all arrays for that of the
+    batch; a mask whose arrays have other axes as well cuts them itself.
+    """
+    return jax.tree.map(lambda x: cut(x, 0, tile.rows), self)
 
   def __and__(self, other: 'Mask') -> 'Mask':
     return Both(self, other)
@@ -161,6 +167,10 @@ class Window(Mask):
   def __post_init__(self):
     if self.size < 1:
       raise ValueError(f'Window needs size >= 1, got {self.size}.')
+
+  @property
+  def reach(self) -> int:
+    return self.size
 
   def visible(self, query_position, key_position):
     distance = _distance(query_position, key_position)
@@ -232,11 +242,10 @@ class Segments(Mask):
   def padded(self, queries, keys):
     return Segments(_pad(self.query_BL, queries), _pad(self.key_BM, keys))
 
-  def block(self, query_start, queries, key_start, keys):
-    cut = functools.partial(jax.lax.dynamic_slice_in_dim, axis=1)
+  def block(self, tile):
     return Segments(
-      cut(self.query_BL, query_start, queries),
-      cut(self.key_BM, key_start, keys),
+      cut(cut(self.query_BL, 0, tile.rows), 1, tile.queries),
+      cut(cut(self.key_BM, 0, tile.rows), 1, tile.keys),
     )
 
 
@@ -250,6 +259,12 @@ def _segment_span(segments_BL, blocks):
   ids = segments_BL.reshape(segments_BL.shape[0], blocks, -1)
   none = jnp.iinfo(ids.dtype).max
   return jnp.where(ids == 0, none, ids).min(axis=2), ids.max(axis=2)
+
+
+def _reaches(mask):
+  """Returns the limits that the two parts of a mask have."""
+  reaches = mask.left.reach, mask.right.reach
+  return [reach for reach in reaches if reach is not None]
 
 
 @_mask(data=('left', 'right'))
@@ -267,6 +282,10 @@ class Both(Mask):
   def causal(self) -> bool:
     return self.left.causal or self.right.causal
 
+  @property
+  def reach(self) -> int | None:
+    return min(_reaches(self), default=None)
+
   def visible(self, query_position, key_position):
     left = self.left.visible(query_position, key_position)
     return left & self.right.visible(query_position, key_position)
@@ -283,8 +302,8 @@ class Both(Mask):
       self.left.padded(queries, keys), self.right.padded(queries, keys)
     )
 
-  def block(self, *edges):
-    return type(self)(self.left.block(*edges), self.right.block(*edges))
+  def block(self, tile):
+    return type(self)(self.left.block(tile), self.right.block(tile))
 
 
 @_mask(data=('left', 'right'))
@@ -302,6 +321,11 @@ class Either(Mask):
   def causal(self) -> bool:
     return self.left.causal and self.right.causal
 
+  @property
+  def reach(self) -> int | None:
+    reaches = _reaches(self)
+    return max(reaches) if len(reaches) == 2 else None
+
   def visible(self, query_position, key_position):
     left = self.left.visible(query_position, key_position)
     return left | self.right.visible(query_position, key_position)
@@ -318,5 +342,5 @@ class Either(Mask):
       self.left.padded(queries, keys), self.right.padded(queries, keys)
     )
 
-  def block(self, *edges):
-    return type(self)(self.left.block(*edges), self.right.block(*edges))
+  def block(self, tile):
+    return type(self)(self.left.block(tile), self.right.block(tile))

@@ -1,10 +1,16 @@
 """The conformance table of the sequence mixers: one row per mixer."""
 
+from jaxformers.nn import LearnedRelativeBias
+from jaxformers.nn import LearnedSSMax
+from jaxformers.nn import LearnedT5Bias
 from jaxformers.nn import Normal
 from jaxformers.nn import RMSNorm
 from jaxformers.nn.mixers import Attention
+from jaxformers.ops import ALiBi
 from jaxformers.ops import Causal
+from jaxformers.ops import InverseSqrt
 from jaxformers.ops import LeakyReRoPE
+from jaxformers.ops import LogLength
 from jaxformers.ops import NoMask
 from jaxformers.ops import ReRoPE
 from jaxformers.ops import Rotary
@@ -36,8 +42,14 @@ class TestMixers(MixerConformance):
       Attention(num_heads=2, mask=Window(3), position=Rotary()),
     ),
     MixerCase(
-      'attention_rerope',
-      Attention(num_heads=4, num_kv_heads=2, position=ReRoPE(window=3)),
+      'attention_rerope_log_length_t5',
+      Attention(
+        num_heads=4,
+        num_kv_heads=2,
+        position=ReRoPE(window=3),
+        scale=InverseSqrt() * LogLength(base_length=8, least=2),
+        bias=LearnedT5Bias(num_buckets=6, max_distance=5),
+      ),
     ),
     MixerCase(
       'attention_rerope_encoder',
@@ -48,20 +60,23 @@ class TestMixers(MixerConformance):
       ),
     ),
     MixerCase(
-      'attention_leaky_rerope_blockwise',
+      'attention_leaky_rerope_relative_blockwise',
       Attention(
         num_heads=2,
         position=LeakyReRoPE(window=3, slope=2.5, pairing='interleaved'),
+        bias=LearnedRelativeBias(max_distance=2),
         implementation='blockwise',
       ),
     ),
     MixerCase(
-      'attention_causal_and_window_qk_norm',
+      'attention_causal_and_window_qk_norm_ssmax_alibi',
       Attention(
         num_heads=2,
         mask=Causal() & Window(4),
         qk_norm=RMSNorm(),
         initializer=Normal(0.3),
+        scale=LearnedSSMax(train_length=8),
+        bias=ALiBi(),
       ),
     ),
   )

@@ -1,5 +1,7 @@
 """Blockwise attention equals the materialised one, in linear memory."""
 
+import dataclasses
+
 from hypothesis import example
 from hypothesis import given
 from hypothesis import settings
@@ -10,19 +12,26 @@ import numpy as np
 import pytest
 
 from jaxformers.nn.mixers import Attention
+from jaxformers.ops import ALiBi
+from jaxformers.ops import Bias
 from jaxformers.ops import Causal
+from jaxformers.ops import DenseBias
 from jaxformers.ops import InverseSqrt
 from jaxformers.ops import Lengths
 from jaxformers.ops import NoMask
 from jaxformers.ops import NoPosition
 from jaxformers.ops import Partial
+from jaxformers.ops import RelativeBias
 from jaxformers.ops import Rotary
 from jaxformers.ops import Segments
+from jaxformers.ops import T5Bias
 from jaxformers.ops import Window
 from jaxformers.ops import attend
 from jaxformers.ops import attend_partial
+from jaxformers.ops import blockwise
 from jaxformers.ops import merge
-from jaxformers.ops.attention import supports
+from jaxformers.ops import supports
+from jaxformers.ops.attention import Weights
 from jaxformers.ops.positions import Branch
 
 B, L, H, G, K, V = 2, 21, 4, 2, 4, 3
@@ -48,6 +57,20 @@ class FarReversed(NoPosition):
     return Branch(query, stored_key), Branch(-2 * query, stored_key, far)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OfContent(Bias):
+  """A bias that depends on queries, keys and distance."""
+
+  w_KH: jax.Array
+
+  def logits(self, query, key, query_position, key_position):
+    distance = query_position[:, :, None] - key_position[:, None]
+    of_query = jnp.einsum('BLHK,KH->BHL', query, self.w_KH)[..., None]
+    of_key = jnp.tanh(key).sum(axis=(2, 3))[:, None, None]
+    return of_query * jnp.sin(distance)[:, None] + of_key
+
+
 MASKS = {
   'none': NoMask(),
   'causal': Causal(),
@@ -61,6 +84,22 @@ POSITIONS = {'plain': NoPosition(), 'rope': Rotary(), 'two': FarReversed()}
 SCALES = {'root': InverseSqrt(), 'count': LogCount()}
 
 
+def biases(dtype):
+  return {
+    'none': None,
+    'alibi': ALiBi(),
+    'dense': DenseBias(random(3, (B, 1, L, L), dtype)),
+    'shared': DenseBias(random(4, (1, H, 1, L), dtype)),
+    't5': T5Bias(random(5, (8, H), dtype), max_distance=16),
+    'relative': RelativeBias(random(6, (9, H), dtype)),
+    'of_content': OfContent(random(7, (K, H), dtype)),
+  }
+
+
+def random(seed, shape, dtype):
+  return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
 def arrays(dtype, length=L):
   shapes = (B, length, H, K), (B, length, G, K), (B, length, G, V)
   return [
@@ -69,34 +108,45 @@ def arrays(dtype, length=L):
   ]
 
 
-def result(dtype, implementation, **options):
-  def loss(query, key, value):
-    partial = attend_partial(
-      query, key, value, implementation=implementation, **options
-    )
-    seen = partial.denominator > 0
-    log_normalizer = jnp.where(seen, partial.log_normalizer, 0)
-    return jnp.sin(partial.out).sum() + (log_normalizer**2).sum(), partial.out
+def result(dtype, implementation, *, bias='none', statistics=False, **options):
+  def loss(query, key, value, bias):
+    options_ = {'bias': bias, 'implementation': implementation, **options}
+    if statistics:
+      found = attend(query, key, value, statistics=True, **options_)
+      more = found.entropy, jnp.log1p(found.effective_support), found.variance
+    else:
+      found = attend_partial(query, key, value, **options_)
+      more = ()
+    seen = found.log_normalizer > -jnp.inf
+    terms = [found.out, jnp.where(seen, found.log_normalizer, 0), *more]
+    return sum(jnp.sin(x + i).sum() for i, x in enumerate(terms)), terms
 
-  run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
-  (total, out), gradients = run(*arrays(dtype))
-  return out, total, gradients
+  run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
+  (total, terms), gradients = run(*arrays(dtype), biases(dtype)[bias])
+  return terms[0], total, terms, gradients
 
 
 # Derandomised, so that what passed here passes elsewhere.
-@settings(max_examples=6, deadline=None, derandomize=True)
-@example(mask='none', position='plain', scale='count', block=64)
-@example(mask='none', position='two', scale='count', block=8)
+@settings(max_examples=8, deadline=None, derandomize=True)
+@example('none', 'plain', 'count', 64, 'none', False)
+@example('none', 'two', 'count', 8, 'of_content', False)
+@example('lengths', 'two', 'root', 8, 'dense', True)
+@example('packed', 'rope', 'count', 8, 't5', True)
+@example('causal', 'plain', 'root', 4, 'shared', False)
 @given(
   mask=st.sampled_from(sorted(MASKS)),
   position=st.sampled_from(sorted(POSITIONS)),
   scale=st.sampled_from(sorted(SCALES)),
   block=st.sampled_from([4, 8, 64]),
+  bias=st.sampled_from(sorted(biases(jnp.float32))),
+  statistics=st.booleans(),
 )
 def test_it_equals_the_materialised_one_with_all_gradients(
-  mask, position, scale, block
+  mask, position, scale, block, bias, statistics
 ):
   options = {
+    'bias': bias,
+    'statistics': statistics,
     'mask': MASKS[mask],
     'position': POSITIONS[position],
     'scale': SCALES[scale],
@@ -168,11 +218,34 @@ def test_different_lengths_and_given_positions():
 
 
 def test_queries_that_see_nothing_give_zero_with_zero_gradient():
-  out, _, gradients = result(
-    jnp.float32, 'blockwise', mask=Lengths(jnp.array([0, 4])), block=8
+  out, _, terms, gradients = result(
+    jnp.float32,
+    'blockwise',
+    mask=Lengths(jnp.array([0, 4])),
+    block=8,
+    statistics=True,
   )
   assert (out[0] == 0).all()
+  assert all((x[0] == 0).all() for x in terms)
+  gradients = gradients[:3]
   assert all((g[0] == 0).all() and np.isfinite(g).all() for g in gradients)
+
+
+def test_a_few_rows_at_a_time_give_what_all_at_once_give(monkeypatch):
+  options = {
+    'mask': MASKS['packed'] & Lengths(jnp.array([13, 20])),
+    'bias': 'dense',
+    'block': 8,
+    'statistics': True,
+  }
+  at_once = result(jnp.float32, 'blockwise', **options)
+  monkeypatch.setattr(blockwise, 'SCORES', 8 * 8 * H)
+  in_turns = result(jnp.float32, 'blockwise', **options)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    in_turns,
+    at_once,
+  )
 
 
 def test_padding_does_not_leak_even_if_nan():
@@ -212,8 +285,6 @@ def test_memory_grows_linearly_forward_and_backward():
 
 def blocks_seen(mask, length=64, block=8):
   """Counts the pairs of blocks that are computed."""
-  from jaxformers.ops import blockwise
-
   places = blockwise.Places(
     mask, jnp.arange(length)[None], jnp.arange(length)[None]
   )
@@ -237,20 +308,25 @@ def test_auto_goes_block_by_block_where_sequences_are_long_and_it_can():
     run = lambda q, k, v: attend(q, k, v, mask=Causal(), **options)
     return 'while' in str(jax.make_jaxpr(run)(shape, shape, shape))
 
-  assert not has_loop(512)
-  assert has_loop(2048)
-  assert not has_loop(2048, statistics=True)
+  assert not has_loop(256)
+  assert has_loop(512)
+  assert has_loop(512, statistics=True)
+  assert not has_loop(512, kind=Sum())
+
+
+class Sum:
+  """Weights that are the scores themselves."""
+
+  def weights(self, logits, is_visible):
+    return Weights(jnp.where(is_visible, logits, 0), logits[..., 0])
 
 
 def test_what_it_cannot_do_is_refused_with_what_can():
   query, key, value = arrays(jnp.float32)
-  bias = jnp.zeros((1, 1, L, L))
-  with pytest.raises(ValueError, match="takes no bias array.*'xla' can"):
-    attend(query, key, value, bias=bias, implementation='blockwise')
-  with pytest.raises(ValueError, match='gives no statistics'):
-    attend(query, key, value, statistics=True, implementation='blockwise')
-  assert 'kind Softmax' in supports('blockwise', object(), None, False)
-  assert supports('xla', object(), bias, True) is None
+  with pytest.raises(ValueError, match=r"knows the kind Softmax.*'xla' can"):
+    attend(query, key, value, kind=Sum(), implementation='blockwise')
+  assert 'kind Softmax' in supports('blockwise', kind=Sum())
+  assert supports('xla', kind=Sum(), statistics=True) is None
 
 
 @pytest.mark.parametrize('implementation', ['xla', 'blockwise'])

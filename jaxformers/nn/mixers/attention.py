@@ -16,6 +16,7 @@ from jaxformers.ops.attention import Implementation
 from jaxformers.ops.attention import Kind
 from jaxformers.ops.attention import Softmax
 from jaxformers.ops.attention import attend
+from jaxformers.ops.biases import Bias
 from jaxformers.ops.masks import Causal
 from jaxformers.ops.masks import Mask
 from jaxformers.ops.masks import Segments
@@ -64,6 +65,9 @@ class Attention(nn.Module):
     position: how positions enter the scores.
     scale: multiplier of the scores; or a module that owns parameters and gives
       one when called with H (`jaxformers.nn.LearnedSSMax`).
+    bias: what is added to the scores (`jaxformers.ops.ALiBi`); or a module that
+      owns parameters and gives it when called with H
+      (`jaxformers.nn.LearnedT5Bias`); None for nothing.
     kind: how scores become weights.
     qk_norm: a norm for queries and keys, applied per head before positions
       (Dehghani et al., 2023, arXiv 2302.05442); None for none.
@@ -78,6 +82,7 @@ class Attention(nn.Module):
   mask: Mask = Causal()
   position: PositionScheme = NoPosition()
   scale: Scale | nn.Module = InverseSqrt()
+  bias: Bias | nn.Module | None = None
   kind: Kind = Softmax()
   qk_norm: nn.Module | None = None
   use_bias: bool = False
@@ -147,10 +152,11 @@ class Attention(nn.Module):
       key_BLGK = self.qk_norm.copy(name='key_norm')(key_BLGK)
     return query_BLHK, key_BLGK, value_BLGK
 
-  def _scale(self):
-    if isinstance(self.scale, nn.Module):
-      return self.scale.copy(name='score')(self.num_heads)
-    return self.scale
+  def _given(self, part, name):
+    """Returns a part of the score, asked of its module if it is one."""
+    if isinstance(part, nn.Module):
+      return part.copy(name=name)(self.num_heads)
+    return part
 
   def _attend(self, query, key, value, mask, **positions):
     return attend(
@@ -159,7 +165,8 @@ class Attention(nn.Module):
       value,
       mask=mask,
       position=self.position,
-      scale=self._scale(),
+      scale=self._given(self.scale, 'score'),
+      bias=self._given(self.bias, 'score_bias'),
       kind=self.kind,
       implementation=self.implementation,
       **positions,
