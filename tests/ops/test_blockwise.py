@@ -10,14 +10,19 @@ import numpy as np
 import pytest
 
 from jaxformers.nn.mixers import Attention
+from jaxformers.ops import BlockSummary
 from jaxformers.ops import Causal
+from jaxformers.ops import Dense
 from jaxformers.ops import InverseSqrt
 from jaxformers.ops import Lengths
+from jaxformers.ops import Local1D
+from jaxformers.ops import Local2D
 from jaxformers.ops import NoMask
 from jaxformers.ops import NoPosition
 from jaxformers.ops import Partial
 from jaxformers.ops import Rotary
 from jaxformers.ops import Segments
+from jaxformers.ops import Strided
 from jaxformers.ops import Window
 from jaxformers.ops import attend
 from jaxformers.ops import attend_partial
@@ -56,6 +61,10 @@ MASKS = {
   'lengths': Lengths(jnp.array([0, 13])),
   'packed': Causal() & Segments(jnp.asarray(IDS), jnp.asarray(IDS)),
   'either': Window(3) | Lengths(jnp.array([2, 9])),
+  'strided': Window(4) | Strided(4),
+  'fixed': Local1D(8) | BlockSummary(8, 2, sub_block=(0, 1, 3, 2)),
+  'image': Local2D(image=(3, 7), tile=(2, 3), memory=(1, 2)),
+  'dense': Dense(jax.random.bernoulli(jax.random.key(7), shape=(B, 1, L, L))),
 }
 POSITIONS = {'plain': NoPosition(), 'rope': Rotary(), 'two': FarReversed()}
 SCALES = {'root': InverseSqrt(), 'count': LogCount()}
