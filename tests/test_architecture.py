@@ -113,7 +113,8 @@ def public_symbols(package):
 
 # What holds or combines rather than computes has no publication.
 NO_SOURCE = {
-  'Both', 'Bias', 'Causal', 'DenseBias', 'Either', 'Lengths', 'Mask', 'NoMask', 'NoPosition',
+  'Both', 'Bias', 'Causal', 'Dense', 'DenseBias', 'Either', 'Lengths', 'Mask',
+  'NoMask', 'NoPosition',
   'Segments', 'Window', 'Attended', 'Block', 'Linear', 'Stack', 'TokenLosses',
   'Mixer', 'AttentionState', 'Constant', 'FromOptax', 'LanguageModelState',
 }  # fmt: skip

@@ -43,6 +43,7 @@ from jaxformers.ops.frequencies import YaRNScale
 from jaxformers.ops.frequencies import rope_frequencies
 from jaxformers.ops.masks import Both
 from jaxformers.ops.masks import Causal
+from jaxformers.ops.masks import Dense
 from jaxformers.ops.masks import Either
 from jaxformers.ops.masks import Lengths
 from jaxformers.ops.masks import Mask
@@ -58,6 +59,12 @@ from jaxformers.ops.optimal_scale import gaussian_optimal_scale
 from jaxformers.ops.optimal_scale import softmax_jacobian_l1
 from jaxformers.ops.partial import Partial
 from jaxformers.ops.partial import merge
+from jaxformers.ops.patterns import BlockSummary
+from jaxformers.ops.patterns import Local1D
+from jaxformers.ops.patterns import Local2D
+from jaxformers.ops.patterns import Strided
+from jaxformers.ops.patterns import from_block_raster
+from jaxformers.ops.patterns import to_block_raster
 from jaxformers.ops.positions import NoPosition
 from jaxformers.ops.positions import Rotary
 from jaxformers.ops.positions import rotate

@@ -284,17 +284,14 @@ def _grouped(x_BHLM, groups):
 
 
 def _seen(places, queries, keys):
-  """Returns first and one past the last key block that each block may see."""
+  """Returns which key blocks each query block may see, first, and how many."""
   query_span = _span(places.query_position, queries)
   key_span = _span(places.key_position, keys)
   may_see = places.mask.may_see(query_span, key_span)
-  count = key_span.low.shape[0]
-  may_see = jnp.broadcast_to(may_see, (query_span.low.shape[0], count))
-  first = jnp.argmax(may_see, axis=1)
-  last = count - jnp.argmax(may_see[:, ::-1], axis=1)
-  seen = may_see.any(axis=1)
-  bounds = jnp.where(seen, first, 0), jnp.where(seen, last, 0)
-  return tuple(bound.astype(jnp.int32) for bound in bounds)
+  shape = query_span.low.shape[0], key_span.low.shape[0]
+  may_see = jnp.broadcast_to(may_see, shape)
+  order = jnp.argsort(~may_see, axis=1, stable=True).astype(jnp.int32)
+  return order, may_see.sum(axis=1, dtype=jnp.int32)
 
 
 def _span(position, size):
@@ -442,21 +439,22 @@ def _finish(running):
 def _forward(plan, operands, places):
   """Returns a summary, arrays `[B, n, G, R, L, ...]`, and no gradient."""
   queries, keys, value, bias = operands
-  first, last = _seen(places, plan.queries, plan.keys)
+  order, count = _seen(places, plan.queries, plan.keys)
   dtype = jnp.promote_types(value.dtype, jnp.float32)
   batch, blocks, *shape, _ = queries[0].shape
 
   def query_block(i):
     own = tuple(query[:, i] for query in queries)
 
-    def add(j, running):
+    def add(n, running):
+      j = order[i, n]
       others = tuple(key[:, j] for key in keys)
       tile = _tile(plan, i, j)
       scores = _scores(plan, own, others, bias, places, tile)
       return _add_keys(running, scores.logits, scores.is_visible, value[:, j])
 
     start = _start((batch, *shape), value.shape[-1], dtype, plan.statistics)
-    return _finish(jax.lax.fori_loop(first[i], last[i], add, start))
+    return _finish(jax.lax.fori_loop(0, count[i], add, start))
 
   summary = jax.lax.map(query_block, jnp.arange(blocks))
   return jax.tree.map(lambda x: x.swapaxes(0, 1), summary), None
@@ -531,7 +529,7 @@ def _score_gradients(scores, terms, d_weights):
 def _backward(plan, operands, places, summary, cotangent):
   """Computes the weights again, block by block, and sums their gradients."""
   queries, keys, value, bias = operands
-  first, last = _seen(places, plan.queries, plan.keys)
+  order, count = _seen(places, plan.queries, plan.keys)
   dtype = summary.out.dtype
   terms = _row_terms(plan, summary, cotangent)
 
@@ -539,7 +537,8 @@ def _backward(plan, operands, places, summary, cotangent):
     own, row = jax.tree.map(lambda x: x[:, i], (queries, terms))
     d_row = cotangent.out[:, i].astype(value.dtype)
 
-    def add(j, carry):
+    def add(n, carry):
+      j = order[i, n]
       d_own, d_keys, d_value, d_bias = carry
       others = tuple(key[:, j] for key in keys)
       tile = _tile(plan, i, j)
@@ -570,7 +569,7 @@ def _backward(plan, operands, places, summary, cotangent):
       return d_own, d_keys, d_value, d_bias
 
     start = _zeros(own), *carry
-    d_own, *carry = jax.lax.fori_loop(first[i], last[i], add, start)
+    d_own, *carry = jax.lax.fori_loop(0, count[i], add, start)
     return tuple(carry), d_own
 
   (d_keys, d_value, d_bias), d_queries = jax.lax.scan(

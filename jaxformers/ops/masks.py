@@ -12,7 +12,11 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Bool, Int, Real
+import numpy as np
 
+from jaxformers.ops import counting
+from jaxformers.ops.counting import Term
+from jaxformers.ops.counting import Terms
 from jaxformers.ops.tile import Tile
 from jaxformers.ops.tile import cut
 
@@ -86,6 +90,38 @@ class Mask:
     del query, key
     return jnp.ones((1, 1), bool)
 
+  def terms(
+    self, query_position: Int[Array, 'B L'], key_position: Int[Array, 'B M']
+  ) -> Terms | None:
+    """Returns terms whose sum is 1 where a query sees a key, and 0 elsewhere.
+
+    What counts visible keys without looking at pairs; None if there are none.
+    """
+    del query_position, key_position
+
+  def count(
+    self, query_position: Real[Array, 'B L'], key_position: Real[Array, 'B M']
+  ) -> Int[Array, 'B H L'] | None:
+    """Counts the keys that each query sees, without looking at every pair.
+
+    Args:
+      query_position: positions of the queries.
+      key_position: positions of the keys, in any order.
+
+    Returns:
+      int32, exact; any axis may have size 1. None where only counting pairs is
+      exact: for a mask without `terms`, and for fractional positions.
+    """
+    dtype = jnp.result_type(query_position, key_position)
+    if not jnp.issubdtype(dtype, jnp.signedinteger):
+      return None
+    queries = jnp.asarray(query_position, dtype)
+    keys = jnp.asarray(key_position, dtype)
+    terms = self.terms(queries, keys)
+    if terms is None:
+      return None
+    return counting.count(terms, queries.shape[1], keys)
+
   def padded(self, queries: int, keys: int) -> 'Mask':
     """Returns the mask with its arrays padded to multiples of block sizes."""
     del queries, keys
@@ -122,6 +158,10 @@ class NoMask(Mask):
     del query_position, key_position
     return jnp.ones((1, 1, 1, 1), bool)
 
+  def terms(self, query_position, key_position):
+    del query_position, key_position
+    return (Term(),)
+
 
 @_mask()
 class Causal(Mask):
@@ -146,6 +186,10 @@ class Causal(Mask):
 
   def may_see(self, query, key):
     return key.low[None] <= query.high[:, None] + self.offset
+
+  def terms(self, query_position, key_position):
+    del key_position
+    return (Term(high=query_position + self.offset),)
 
 
 @_mask()
@@ -180,6 +224,11 @@ class Window(Mask):
     nearest = query.low[:, None] - key.high[None]
     return (query.high[:, None] >= key.low[None]) & (nearest < self.size)
 
+  def terms(self, query_position, key_position):
+    del key_position
+    low = query_position - (self.size - 1)
+    return (Term(low=low, high=query_position),)
+
 
 @_mask(data=('length_B',))
 class Lengths(Mask):
@@ -204,6 +253,10 @@ class Lengths(Mask):
   def may_see(self, query, key):
     del query
     return (key.low < self.length_B.max())[None]
+
+  def terms(self, query_position, key_position):
+    del query_position
+    return (Term(is_key=self.exists(key_position)),)
 
 
 @_mask(data=('query_BL', 'key_BM'))
@@ -239,8 +292,13 @@ class Segments(Mask):
     above = query_high[:, :, None] >= key_low[:, None]
     return (above & (query_low[:, :, None] <= key_high[:, None])).any(axis=0)
 
+  def terms(self, query_position, key_position):
+    del query_position
+    groups = ((self.query_BL, self.key_BM),)
+    return (Term(groups=groups, is_key=self.exists(key_position)),)
+
   def padded(self, queries, keys):
-    return Segments(_pad(self.query_BL, queries), _pad(self.key_BM, keys))
+    return Segments(_pad(self.query_BL, 1, queries), _pad(self.key_BM, 1, keys))
 
   def block(self, tile):
     return Segments(
@@ -249,9 +307,18 @@ class Segments(Mask):
     )
 
 
-def _pad(segments_BL, multiple):
-  """Appends padding, segment 0, up to a multiple of a length."""
-  return jnp.pad(segments_BL, ((0, 0), (0, -segments_BL.shape[1] % multiple)))
+def _pad(x, axis, multiple):
+  """Appends zeros along an axis, up to a multiple of a length."""
+  padding = [(0, 0)] * x.ndim
+  padding[axis] = 0, -x.shape[axis] % multiple
+  return jnp.pad(x, padding)
+
+
+def _any_per_block(x, axis, blocks):
+  """Returns whether anything is true in each of some blocks along an axis."""
+  shape = list(x.shape)
+  shape[axis : axis + 1] = blocks, shape[axis] // blocks
+  return x.reshape(shape).any(axis=axis + 1)
 
 
 def _segment_span(segments_BL, blocks):
@@ -265,6 +332,67 @@ def _reaches(mask):
   """Returns the limits that the two parts of a mask have."""
   reaches = mask.left.reach, mask.right.reach
   return [reach for reach in reaches if reach is not None]
+
+
+@_mask(data=('visible_BHLM',))
+class Dense(Mask):
+  """Lets a query see a key where an array says so, whatever their positions.
+
+  For patterns that no formula gives. The array is as large as it is; an axis of
+  size 1 stands for all batches, heads, queries or keys.
+
+  It says nothing about order, so it never counts as causal, even if no query
+  sees a later key: combine it with `Causal()`.
+
+  Attributes:
+    visible_BHLM: bool, broadcast to `[B, H, L, M]`.
+  """
+
+  visible_BHLM: Bool[Array, '#B #H #L #M']
+
+  compares_positions = False
+  causal = False
+
+  def visible(self, query_position, key_position):
+    del query_position, key_position
+    self._check()
+    return self.visible_BHLM
+
+  def exists(self, key_position):
+    del key_position
+    return self.visible_BHLM.any(axis=(1, 2))
+
+  def may_see(self, query, key):
+    seen_LM = self.visible_BHLM.any(axis=(0, 1))
+    for axis, span in enumerate((query, key)):
+      if seen_LM.shape[axis] > 1:
+        seen_LM = _any_per_block(seen_LM, axis, span.low.shape[0])
+    return seen_LM
+
+  def padded(self, queries, keys):
+    x = self.visible_BHLM
+    for axis, multiple in ((2, queries), (3, keys)):
+      if x.shape[axis] > 1:
+        x = _pad(x, axis, multiple)
+    return Dense(x)
+
+  def block(self, tile):
+    x = cut(self.visible_BHLM, 0, tile.rows)
+    return Dense(cut(cut(x, 2, tile.queries), 3, tile.keys))
+
+  def _check(self):
+    # Here and not when made: trees of masks may hold anything but arrays.
+    dtype = getattr(self.visible_BHLM, 'dtype', None)
+    if dtype is None or dtype != np.bool_:
+      raise ValueError(
+        'Dense needs a boolean array, True where a query sees a key, got '
+        f'{dtype or type(self.visible_BHLM)}; compare first, as in scores > 0.'
+      )
+    if self.visible_BHLM.ndim != 4:
+      raise ValueError(
+        'Dense needs an array [B, H, L, M], any axis of which may have size 1, '
+        f'got shape {self.visible_BHLM.shape}.'
+      )
 
 
 @_mask(data=('left', 'right'))
@@ -296,6 +424,12 @@ class Both(Mask):
 
   def may_see(self, query, key):
     return self.left.may_see(query, key) & self.right.may_see(query, key)
+
+  def terms(self, *positions):
+    left, right = self.left.terms(*positions), self.right.terms(*positions)
+    if left is None or right is None:
+      return None
+    return counting.product(left, right)
 
   def padded(self, queries, keys):
     return type(self)(
@@ -336,6 +470,12 @@ class Either(Mask):
 
   def may_see(self, query, key):
     return self.left.may_see(query, key) | self.right.may_see(query, key)
+
+  def terms(self, *positions):
+    left, right = self.left.terms(*positions), self.right.terms(*positions)
+    if left is None or right is None:
+      return None
+    return counting.union(left, right)
 
   def padded(self, queries, keys):
     return type(self)(
