@@ -1,7 +1,6 @@
 """Mathematics: pure functions and descriptions over arrays."""
 
 from jaxformers.ops.attention import Attended
-from jaxformers.ops.attention import Softmax
 from jaxformers.ops.attention import attend
 from jaxformers.ops.attention import attend_partial
 from jaxformers.ops.attention import supports
@@ -41,6 +40,10 @@ from jaxformers.ops.frequencies import Spectrum
 from jaxformers.ops.frequencies import YaRN
 from jaxformers.ops.frequencies import YaRNScale
 from jaxformers.ops.frequencies import rope_frequencies
+from jaxformers.ops.kinds import Additive
+from jaxformers.ops.kinds import Identity
+from jaxformers.ops.kinds import Softmax
+from jaxformers.ops.kinds import SquaredReLU
 from jaxformers.ops.masks import Both
 from jaxformers.ops.masks import Causal
 from jaxformers.ops.masks import Dense

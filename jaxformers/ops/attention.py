@@ -11,20 +11,18 @@ values, and none of them materialises anything by itself:
 The order is: positions, scale, scores, bias, mask, weights, output.
 """
 
-import dataclasses
+import functools
 from typing import (
   Any,
   Literal,
   NamedTuple,
-  Protocol,
   get_args,
-  runtime_checkable,
 )
 
 import jax
 from jax import Array
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Real
+from jaxtyping import Float, Real
 
 from jaxformers.ops.biases import Bias
 from jaxformers.ops.biases import as_bias
@@ -32,6 +30,9 @@ from jaxformers.ops.blockwise import Places
 from jaxformers.ops.blockwise import Summary
 from jaxformers.ops.blockwise import attend_blockwise
 from jaxformers.ops.blockwise import count_visible
+from jaxformers.ops.kinds import Additive
+from jaxformers.ops.kinds import Kind
+from jaxformers.ops.kinds import Softmax
 from jaxformers.ops.masks import Mask
 from jaxformers.ops.masks import NoMask
 from jaxformers.ops.partial import Partial
@@ -81,51 +82,6 @@ class Attended(NamedTuple):
   entropy: Float[Array, 'B L H']
   effective_support: Float[Array, 'B L H']
   variance: Float[Array, 'B L H']
-
-
-class Weights(NamedTuple):
-  """Weights of the keys of each query, and what normalised them.
-
-  Attributes:
-    weights: `[..., L, M]`.
-    log_normalizer: `[..., L]`.
-  """
-
-  weights: Float[Array, '*B L M']
-  log_normalizer: Float[Array, '*B L']
-
-
-@runtime_checkable
-class Kind(Protocol):
-  """How scores become the weights of values."""
-
-  def weights(
-    self, logits: Float[Array, '*B L M'], is_visible: Bool[Array, '*B L M']
-  ) -> Weights:
-    """Returns weights, zero wherever `is_visible` is False."""
-    ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Softmax:
-  """Weights proportional to the exponentials of the visible scores.
-
-  A query that sees nothing has weights 0 and gradients 0, not the mean of all
-  values that a softmax over equal large negative numbers gives.
-
-  Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762,
-  equation 1.
-  """
-
-  def weights(self, logits, is_visible):
-    # Finite, so that no branch ever holds inf - inf, whose gradient would be nan
-    # even where it is discarded.
-    logits = jnp.where(is_visible, logits, jnp.finfo(logits.dtype).min)
-    weights = jnp.where(is_visible, jax.nn.softmax(logits, axis=-1), 0)
-    log_normalizer = jnp.where(
-      is_visible.any(axis=-1), jax.nn.logsumexp(logits, axis=-1), -jnp.inf
-    )
-    return Weights(weights, log_normalizer)
 
 
 def attend(
@@ -344,14 +300,21 @@ def _block_size(mask):
 
 def _attend_blocks(problem, block):
   """Runs the blockwise implementation."""
-  return attend_blockwise(
-    problem.branches(lambda: _count_visible(problem, block)),
+  visible_keys = functools.cache(lambda: _count_visible(problem, block))
+  summary = attend_blockwise(
+    problem.branches(visible_keys),
     problem.value,
     problem.places,
     block,
+    weight=getattr(problem.kind, 'weight', None),
     bias=problem.bias,
     statistics=problem.statistics,
   )
+  if not isinstance(problem.kind, Additive):
+    return summary
+  divisor_BHL = problem.kind.divisor(visible_keys())
+  divisor_BLH1 = jnp.swapaxes(divisor_BHL, 1, 2)[..., None]
+  return summary._replace(out=summary.out / divisor_BLH1)
 
 
 def _count_visible(problem, block):
@@ -556,10 +519,14 @@ def supports(
   """
   if implementation == 'xla':
     return None
-  if not isinstance(kind, Softmax):
-    return f'it knows the kind Softmax() only, not {kind}'
   if implementation == 'blockwise':
+    if isinstance(kind, Additive) and statistics:
+      return 'it gives statistics and partial results of softmax only'
+    if not isinstance(kind, Softmax | Additive):
+      return f'it knows softmax and additive kinds only, not {kind}'
     return None
+  if not isinstance(kind, Softmax):
+    return f'it knows softmax only, not {kind}'
   if bias is not None:
     return 'it takes no bias'
   if statistics:

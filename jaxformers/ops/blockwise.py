@@ -12,6 +12,7 @@ Need O(n^2) Memory", 2021, arXiv 2112.05682; backward pass: Dao et al.,
 "FlashAttention", 2022, arXiv 2205.14135, appendix B.2.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ class Plan(NamedTuple):
     key_count: number of keys before padding.
     regions: the region of each branch.
     statistics: whether statistics of the weights are wanted.
+    weight: None for softmax, or the function of one score that its weight is.
   """
 
   queries: int
@@ -48,6 +50,7 @@ class Plan(NamedTuple):
   key_count: int
   regions: tuple[Any, ...] = ()
   statistics: bool = False
+  weight: Callable[[Array], Array] | None = None
 
 
 class Places(NamedTuple):
@@ -106,6 +109,7 @@ def attend_blockwise(
   places: Places,
   block: int,
   *,
+  weight: Callable[[Array], Array] | None = None,
   bias: Bias | None = None,
   statistics: bool = False,
 ) -> Summary:
@@ -122,6 +126,9 @@ def attend_blockwise(
     value_BMGV: values.
     places: mask and positions.
     block: queries and keys per block.
+    weight: None for softmax, or the function of one score that its weight is;
+      weights are then not divided by anything, and the logarithm of the
+      normaliser is 0 or, where nothing was seen, -inf.
     bias: what is added to scores.
     statistics: whether to compute statistics of the weights.
   """
@@ -133,6 +140,7 @@ def attend_blockwise(
     keys,
     tuple(branch.region for branch in branches),
     statistics,
+    weight,
   )
   operands = _Operands(
     tuple(_query_blocks(b.query, groups, plan) for b in branches),
@@ -417,6 +425,23 @@ def _add_keys(running, logits, is_visible, value):
   )
 
 
+def _add_weighted_keys(running, scores, value, weight):
+  """Adds one block of keys, each weight a function of its score."""
+  weights = jnp.where(scores.is_visible, weight(scores.logits), 0)
+  weighted = jnp.einsum(
+    'BGRLM,BGMV->BGRLV',
+    weights.astype(value.dtype),
+    value,
+    preferred_element_type=running.mean.dtype,
+  )
+  seen = scores.is_visible.any(axis=-1)
+  return running._replace(
+    total=jnp.where(seen, 1, running.total),
+    maximum=jnp.where(seen, 0, running.maximum),
+    mean=running.mean + weighted,
+  )
+
+
 def _finish(running):
   """Divides sums by the sum of weights."""
   sees_any = running.total > 0
@@ -451,6 +476,8 @@ def _forward(plan, operands, places):
       others = tuple(key[:, j] for key in keys)
       tile = _tile(plan, i, j)
       scores = _scores(plan, own, others, bias, places, tile)
+      if plan.weight is not None:
+        return _add_weighted_keys(running, scores, value[:, j], plan.weight)
       return _add_keys(running, scores.logits, scores.is_visible, value[:, j])
 
     start = _start((batch, *shape), value.shape[-1], dtype, plan.statistics)
@@ -512,8 +539,12 @@ def _row_terms(plan, summary, cotangent):
   )
 
 
-def _score_gradients(scores, terms, d_weights):
+def _score_gradients(scores, terms, d_weights, weight):
   """Returns the weights, computed again, and the gradients of the scores."""
+  if weight is not None:
+    weights, pull = jax.vjp(weight, scores.logits)
+    visible = lambda x: jnp.where(scores.is_visible, x, 0)
+    return visible(weights), visible(*pull(d_weights))
   lowest = jnp.finfo(scores.logits.dtype).min
   logits = jnp.where(scores.is_visible, scores.logits, lowest)
   terms = jax.tree.map(lambda x: x[..., None], terms)
@@ -544,7 +575,7 @@ def _backward(plan, operands, places, summary, cotangent):
       tile = _tile(plan, i, j)
       scores = _scores(plan, own, others, bias, places, tile)
       weights, d_logits = _score_gradients(
-        scores, row, _products(d_row, value[:, j])
+        scores, row, _products(d_row, value[:, j]), plan.weight
       )
       d_value = d_value.at[:, j].add(
         _sum_rows(weights.astype(value.dtype), d_row, dtype)

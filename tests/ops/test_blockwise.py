@@ -18,6 +18,7 @@ from jaxformers.ops import BlockSummary
 from jaxformers.ops import Causal
 from jaxformers.ops import Dense
 from jaxformers.ops import DenseBias
+from jaxformers.ops import Identity
 from jaxformers.ops import InverseSqrt
 from jaxformers.ops import Lengths
 from jaxformers.ops import Local1D
@@ -28,6 +29,7 @@ from jaxformers.ops import Partial
 from jaxformers.ops import RelativeBias
 from jaxformers.ops import Rotary
 from jaxformers.ops import Segments
+from jaxformers.ops import SquaredReLU
 from jaxformers.ops import Strided
 from jaxformers.ops import T5Bias
 from jaxformers.ops import Window
@@ -36,7 +38,7 @@ from jaxformers.ops import attend_partial
 from jaxformers.ops import blockwise
 from jaxformers.ops import merge
 from jaxformers.ops import supports
-from jaxformers.ops.attention import Weights
+from jaxformers.ops.kinds import Weights
 from jaxformers.ops.positions import Branch
 
 B, L, H, G, K, V = 2, 21, 4, 2, 4, 3
@@ -168,6 +170,51 @@ def test_it_equals_the_materialised_one_with_all_gradients(
     actual,
     expected,
   )
+
+
+@pytest.mark.parametrize('kind', [SquaredReLU(), Identity()], ids=str)
+def test_additive_kinds_equal_nested_loops_and_their_gradients(kind):
+  def run(implementation, arguments, **block):
+    def loss(query, key, value, bias):
+      out = attend(
+        query,
+        key,
+        value,
+        mask=MASKS['packed'] & Lengths(jnp.array([13, 20])),
+        kind=kind,
+        bias=bias,
+        implementation=implementation,
+        **block,
+      )
+      return jnp.sin(out).sum(), out
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
+    return jax.jit(gradient)(*arguments)
+
+  with jax.enable_x64(True):
+    arguments = *arrays(jnp.float64), biases(jnp.float64)['t5']
+    expected = run('xla', arguments)
+    found = run('blockwise', arguments, block=8)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12),
+      found,
+      expected,
+    )
+    places = jnp.arange(L)[None], jnp.arange(L)[None]
+    bias = np.asarray(arguments[3].logits(*arguments[:2], *places))
+    out = np.asarray(found[0][1])
+  query, key, value = (np.asarray(x) for x in arguments[:3])
+  for b, i, h in ((0, 3, 1), (0, 9, 3), (1, 17, 0), (0, 17, 2)):
+    seen = [
+      j for j in range((13, 20)[b]) if j <= i and IDS[b, i] == IDS[b, j] != 0
+    ]
+    z = [
+      query[b, i, h] @ key[b, j, h // 2] / K**0.5 + bias[0, h, i, j]
+      for j in seen
+    ]
+    weights = np.maximum(z, 0) ** 2 if kind == SquaredReLU() else np.array(z)
+    row = weights @ value[b, seen, h // 2] / max(len(seen), 1)
+    np.testing.assert_allclose(out[b, i, h], row, rtol=1e-12, atol=1e-14)
 
 
 def test_float32_and_bfloat16_are_near():
@@ -334,9 +381,14 @@ class Sum:
 
 def test_what_it_cannot_do_is_refused_with_what_can():
   query, key, value = arrays(jnp.float32)
-  with pytest.raises(ValueError, match=r"knows the kind Softmax.*'xla' can"):
+  with pytest.raises(
+    ValueError, match=r"softmax and additive kinds.*'xla' can"
+  ):
     attend(query, key, value, kind=Sum(), implementation='blockwise')
-  assert 'kind Softmax' in supports('blockwise', kind=Sum())
+  assert 'of softmax only' in supports(
+    'blockwise', kind=Identity(), statistics=True
+  )
+  assert 'additive kinds' in supports('blockwise', kind=Sum())
   assert supports('xla', kind=Sum(), statistics=True) is None
 
 

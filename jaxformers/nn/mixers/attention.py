@@ -13,10 +13,10 @@ from jaxformers.nn.linear import Linear
 from jaxformers.nn.mixers.base import require_causal
 from jaxformers.ops import segments
 from jaxformers.ops.attention import Implementation
-from jaxformers.ops.attention import Kind
-from jaxformers.ops.attention import Softmax
 from jaxformers.ops.attention import attend
 from jaxformers.ops.biases import Bias
+from jaxformers.ops.kinds import Kind
+from jaxformers.ops.kinds import Softmax
 from jaxformers.ops.masks import Causal
 from jaxformers.ops.masks import Mask
 from jaxformers.ops.masks import Segments
