@@ -113,7 +113,7 @@ def public_symbols(package):
 
 # What holds or combines rather than computes has no publication.
 NO_SOURCE = {
-  'Additive', 'Both', 'Bias', 'Causal', 'Dense', 'DenseBias', 'Either', 'Lengths', 'Mask',
+  'Additive', 'Both', 'Bias', 'Causal', 'Dense', 'DenseBias', 'Either', 'Factor', 'Lengths', 'Mask',
   'NoMask', 'NoPosition',
   'Segments', 'Window', 'Attended', 'Block', 'Linear', 'Stack', 'TokenLosses',
   'Mixer', 'AttentionState', 'Constant', 'FromOptax', 'LanguageModelState',

@@ -1,4 +1,4 @@
-"""The README's examples run, and what it names exists."""
+"""The examples of README and pages run, and what they name exists."""
 
 import json
 import pathlib
@@ -11,6 +11,9 @@ from jaxformers.cli.parser import build_parser
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / 'README.md').read_text()
+PAGES = [
+  p for p in (ROOT / 'docs').glob('*.md') if '```python' in p.read_text()
+]
 
 
 def blocks(language):
@@ -20,6 +23,14 @@ def blocks(language):
 @pytest.mark.parametrize('code', blocks('python'), ids=range(3))
 def test_python_examples_run(code):
   exec(compile(code, 'README.md', 'exec'), {'__name__': 'readme'})
+
+
+@pytest.mark.parametrize('page', sorted(PAGES), ids=lambda page: page.name)
+def test_the_examples_of_a_page_run_one_after_the_other(page):
+  code = '\n'.join(
+    re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)
+  )
+  exec(compile(code, page.name, 'exec'), {'__name__': 'page'})
 
 
 def test_shell_examples_parse():
@@ -42,8 +53,10 @@ def test_make_targets_exist():
 
 
 def test_links_and_pictures_exist():
-  for target in re.findall(r'\]\(([^)]+)\)', TEXT):
-    assert target.startswith('https://') or (ROOT / target).exists(), target
+  for page in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')):
+    for target in re.findall(r'\]\(([^)]+)\)', page.read_text()):
+      path = page.parent / target
+      assert target.startswith('https://') or path.exists(), target
 
 
 def test_figures_are_those_of_the_results():

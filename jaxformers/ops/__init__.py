@@ -75,6 +75,7 @@ from jaxformers.ops.positions import sinusoidal
 from jaxformers.ops.rerope import LeakyReRoPE
 from jaxformers.ops.rerope import ReRoPE
 from jaxformers.ops.scales import ConstantScale
+from jaxformers.ops.scales import Factor
 from jaxformers.ops.scales import InverseSqrt
 from jaxformers.ops.scales import Llama4Temperature
 from jaxformers.ops.scales import LogLength
