@@ -3,6 +3,8 @@
 from jaxformers.nn import Normal
 from jaxformers.nn import RMSNorm
 from jaxformers.nn.mixers import Attention
+from jaxformers.nn.mixers import LinearAttention
+from jaxformers.nn.mixers import Retention
 from jaxformers.ops import Causal
 from jaxformers.ops import LeakyReRoPE
 from jaxformers.ops import NoMask
@@ -62,6 +64,31 @@ class TestMixers(MixerConformance):
         mask=Causal() & Window(4),
         qk_norm=RMSNorm(),
         initializer=Normal(0.3),
+      ),
+    ),
+    MixerCase(
+      'linear_attention_rotary',
+      LinearAttention(num_heads=2, position=Rotary(), chunk=5),
+    ),
+    MixerCase(
+      'linear_attention_unnormalised',
+      LinearAttention(
+        num_heads=2,
+        feature='identity',
+        normalize=False,
+        out_norm=RMSNorm(),
+        chunk=5,
+      ),
+    ),
+    MixerCase(
+      'linear_attention_encoder',
+      LinearAttention(num_heads=2, causal=False, position=Rotary(), chunk=5),
+    ),
+    MixerCase('retention', Retention(num_heads=2, chunk=5)),
+    MixerCase(
+      'retention_stabilised_recurrent',
+      Retention(
+        num_heads=2, value_dim=6, stabilise=True, method='recurrent', chunk=5
       ),
     ),
   )
