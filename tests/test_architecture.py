@@ -116,6 +116,8 @@ NO_SOURCE = {
   'Both', 'Causal', 'Either', 'Lengths', 'Mask', 'NoMask', 'NoPosition',
   'Segments', 'Window', 'Attended', 'Block', 'Linear', 'Stack', 'TokenLosses',
   'Mixer', 'AttentionState', 'Constant', 'FromOptax', 'LanguageModelState',
+  'LinearAttended', 'LinearAttentionState', 'LinearMemory', 'Recurred',
+  'Reread', 'RetentionState', 'TokenLayer',
 }  # fmt: skip
 
 

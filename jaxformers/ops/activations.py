@@ -41,7 +41,7 @@ def elu_plus_one(x: Array) -> Array:
   equation 7.
   """
   # Not elu(x) + 1, which cancels to 0 where exp(x) is small.
-  return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
+  return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
 
 
 ACTIVATIONS = {

@@ -16,8 +16,6 @@ Method = Literal['chunked', 'recurrent', 'parallel']
 class Recurred(NamedTuple):
   """What a recurrence with a matrix for a state returns.
 
-  Source: see `outer_recurrence`.
-
   Attributes:
     out: `[B, L, H, V]`, what was read at each step.
     last: `[B, H, K, V]` in at least float32, the state after the last step.

@@ -150,8 +150,6 @@ def attend_streaming(
 class TokenLayer(NamedTuple):
   """A layer of a causal model as functions of one token, for `reread`.
 
-  Source: see `reread`.
-
   Attributes:
     query: maps `x_D` and its position to `[H, K]`, scaled already.
     key_value: maps `x_D` and its position to `[G, K]` and `[G, V]`; G divides
@@ -167,8 +165,6 @@ class TokenLayer(NamedTuple):
 
 class Reread(NamedTuple):
   """What `reread` returns.
-
-  Source: see `reread`.
 
   Attributes:
     out_D: what the last layer gives.
