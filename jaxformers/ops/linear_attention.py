@@ -308,7 +308,12 @@ def _sum_of_scores(query_BLHK, key_BLHK, log_decay):
   if jnp.ndim(log_decay) == 1:
     log_decay = jnp.broadcast_to(log_decay, (1, length, len(log_decay)))
   weights_BHLM, _ = decay_weights(log_decay.swapaxes(1, 2))
-  scores_BHLM = jnp.einsum('BLHK,BMHK->BHLM', query_BLHK, key_BLHK)
+  scores_BHLM = jnp.einsum(
+    'BLHK,BMHK->BHLM',
+    query_BLHK,
+    key_BLHK,
+    preferred_element_type=jnp.result_type(query_BLHK, jnp.float32),
+  )
   return jnp.sum(jnp.abs(scores_BHLM) * weights_BHLM, axis=-1).swapaxes(1, 2)
 
 

@@ -101,8 +101,8 @@ def decay_weights(
   Entry (i, j) is `a_(j+1) ... a_i` for j <= i and 0 otherwise; the second
   result is `a_0 ... a_i`.
 
-  Source: Dao and Gu, "Transformers are SSMs", 2024, arXiv 2405.21060, equation
-  4 (the 1-semiseparable matrix).
+  Source: Dao and Gu, "Transformers are SSMs", 2024, arXiv 2405.21060, section
+  3 (1-semiseparable matrices).
 
   Args:
     log_decay_BHC: logarithms of a, at most 0; -inf forgets all before.

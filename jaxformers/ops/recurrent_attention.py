@@ -4,9 +4,6 @@ Attention with softmax has no state of constant size that a token could be added
 to. But it is a recurrent network of quadratic complexity: what it lacks in
 memory it can make up for in time. Here are its forms, for study and as
 references; `jaxformers.ops.attend` is the one to use.
-
-Source: Su Jianlin, "Attention as an RNN of quadratic complexity", 2024,
-https://kexue.fm/archives/10017.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +42,8 @@ def attend_newest_first(
   y / z in the end. In step t all queries read the key t places back. Written as
   in the article, so large scores overflow; `attend_streaming` does not.
 
-  Source: see the module, the section on recurrence.
+  Source: Su Jianlin, "Attention as an RNN of quadratic complexity", 2024,
+  https://kexue.fm/archives/10017.
 
   Args:
     query_BLHK: queries.
@@ -60,13 +58,13 @@ def attend_newest_first(
   dtype = jnp.result_type(query_BLHK, key_BLHK, value_BLHV, jnp.float32)
   index_L = jnp.arange(length)
   factor = scale.multiplier(lambda: index_L[None, None] + 1, width)
-  factor = jnp.broadcast_to(factor, (1, 1, length)).swapaxes(1, 2)
+  factor = jnp.swapaxes(factor * jnp.ones((1, 1, 1), dtype), 1, 2)
 
   def step(t, sums):
     key, value = (jnp.roll(x, t, axis=1) for x in (key_BLHK, value_BLHV))
     score_BLH = jnp.sum(query_BLHK * key.astype(dtype), axis=-1) * factor
     exists_L1 = (index_L >= t)[:, None]
-    weight_BLH = jnp.where(exists_L1, jnp.exp(score_BLH), 0)
+    weight_BLH = jnp.exp(jnp.where(exists_L1, score_BLH, -jnp.inf))
     return (
       sums[0] + weight_BLH[..., None] * value.astype(dtype),
       sums[1] + weight_BLH,
@@ -190,7 +188,8 @@ def reread(
   the length. The price is `C(i + N, N)` embeddings read
   (`embedding_reads`), so it is for short texts and few layers.
 
-  Source: see the module, the section on constant space.
+  Source: Su Jianlin, "Attention as an RNN of quadratic complexity", 2024,
+  https://kexue.fm/archives/10017.
 
   Args:
     embed: maps a token to `x_D`.

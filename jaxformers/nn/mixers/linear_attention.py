@@ -19,6 +19,9 @@ from jaxformers.ops.positions import NoPosition
 from jaxformers.ops.positions import PositionScheme
 from jaxformers.ops.recurrence import Method
 
+NOT_NEGATIVE = 'elu_plus_one', 'relu', 'sigmoid', 'squared_relu'
+"""Features whose products may be normalised by their sum."""
+
 
 class LinearAttentionState(NamedTuple):
   """What has been read so far, in constant space.
@@ -40,15 +43,15 @@ class LinearAttention(nn.Module):
   Source: Katharopoulos et al., "Transformers are RNNs", 2020, arXiv 2006.16236;
   positions in the numerator only: Su et al., "RoFormer", 2021, arXiv
   2104.09864, equation 19; a norm instead of the normaliser: Qin et al., "The
-  Devil in Linear Transformer", 2022, arXiv 2210.10340, section 4.1.
+  Devil in Linear Transformer", 2022, arXiv 2210.10340 (NormAttention).
 
   Attributes:
     num_heads: H.
     head_dim: K; None for D / H.
     feature: name of the map phi of queries and keys, see
       `jaxformers.ops.activations`; `'identity'` for none.
-    normalize: whether weights are divided by their sum, which asks for features
-      that are not negative.
+    normalize: whether weights are divided by their sum, which asks for one of
+      the features `NOT_NEGATIVE`.
     position: a scheme that turns queries and keys each by itself, as `Rotary`.
     causal: whether tokens see no later ones.
     out_norm: a norm for what each head returns; None for none. Without
@@ -76,6 +79,7 @@ class LinearAttention(nn.Module):
     self, x_BLD, state=None, *, segments_BL=None, deterministic=True
   ):
     del deterministic
+    self._check_feature()
     if state is not None:
       require_causal(self)
     places, cursor = locate(
@@ -114,6 +118,14 @@ class LinearAttention(nn.Module):
       LinearMemory(jnp.zeros(shape, dtype), total_BHK),
       segments.start(batch_size),
     )
+
+  def _check_feature(self):
+    if self.normalize and self.feature not in NOT_NEGATIVE:
+      raise ValueError(
+        f'the sum of products of feature {self.feature!r} may vanish, so it '
+        f'cannot normalise; choose one of {", ".join(NOT_NEGATIVE)}, or '
+        'normalize=False.'
+      )
 
   def _width(self, width):
     return head_width(self.num_heads, self.head_dim, width)
