@@ -89,7 +89,7 @@ def linear_attention(
     chunk: tokens per chunk.
 
   Returns:
-    Output and memory. A token that sees nothing, which is padding, gets 0.
+    Output and memory. What comes out at padding is finite, but has no meaning.
 
   Raises:
     ValueError: if shapes do not fit, the scheme of positions needs pairs of
