@@ -117,6 +117,8 @@ NO_SOURCE = {
   'NoMask', 'NoPosition',
   'Segments', 'Window', 'Attended', 'Block', 'Linear', 'Stack', 'TokenLosses',
   'Mixer', 'AttentionState', 'Constant', 'FromOptax', 'LanguageModelState',
+  'LinearAttended', 'LinearAttentionState', 'LinearMemory', 'Recurred',
+  'Reread', 'RetentionState', 'TokenLayer',
 }  # fmt: skip
 
 

@@ -36,6 +36,7 @@ from jaxformers.ops.frequencies import NTKFixed
 from jaxformers.ops.frequencies import NTKMixed
 from jaxformers.ops.frequencies import NTKOld
 from jaxformers.ops.frequencies import Plain
+from jaxformers.ops.frequencies import RetNetSpectrum
 from jaxformers.ops.frequencies import Spectrum
 from jaxformers.ops.frequencies import YaRN
 from jaxformers.ops.frequencies import YaRNScale
@@ -44,6 +45,11 @@ from jaxformers.ops.kinds import Additive
 from jaxformers.ops.kinds import Identity
 from jaxformers.ops.kinds import Softmax
 from jaxformers.ops.kinds import SquaredReLU
+from jaxformers.ops.linear_attention import LinearAttended
+from jaxformers.ops.linear_attention import LinearMemory
+from jaxformers.ops.linear_attention import linear_attention
+from jaxformers.ops.linear_attention import retention
+from jaxformers.ops.linear_attention import retention_log_decay
 from jaxformers.ops.masks import Both
 from jaxformers.ops.masks import Causal
 from jaxformers.ops.masks import Dense
@@ -72,6 +78,14 @@ from jaxformers.ops.positions import NoPosition
 from jaxformers.ops.positions import Rotary
 from jaxformers.ops.positions import rotate
 from jaxformers.ops.positions import sinusoidal
+from jaxformers.ops.recurrence import Recurred
+from jaxformers.ops.recurrence import outer_recurrence
+from jaxformers.ops.recurrent_attention import Reread
+from jaxformers.ops.recurrent_attention import TokenLayer
+from jaxformers.ops.recurrent_attention import attend_newest_first
+from jaxformers.ops.recurrent_attention import attend_streaming
+from jaxformers.ops.recurrent_attention import embedding_reads
+from jaxformers.ops.recurrent_attention import reread
 from jaxformers.ops.rerope import LeakyReRoPE
 from jaxformers.ops.rerope import ReRoPE
 from jaxformers.ops.scales import ConstantScale

@@ -34,7 +34,18 @@ def gelu_tanh(x: Array) -> Array:
   return jax.nn.gelu(x, approximate=True)
 
 
+def elu_plus_one(x: Array) -> Array:
+  """Returns `x + 1` for positive x and `exp(x)` otherwise; always positive.
+
+  Source: Katharopoulos et al., "Transformers are RNNs", 2020, arXiv 2006.16236,
+  equation 7.
+  """
+  # Not elu(x) + 1, which cancels to 0 where exp(x) is small.
+  return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
+
+
 ACTIVATIONS = {
+  'elu_plus_one': elu_plus_one,
   'gelu': gelu,
   'gelu_tanh': gelu_tanh,
   'identity': lambda x: x,

@@ -76,6 +76,21 @@ class Plain:
 
 
 @dataclasses.dataclass(frozen=True)
+class RetNetSpectrum:
+  """Spaces the frequencies so that the last one is exactly `1 / base`.
+
+  `base^(-m/(P-1))`, where RoPE has `base^(-m/P)`.
+
+  Source: Sun et al., "Retentive Network", 2023, arXiv 2307.08621, and its code,
+  https://github.com/microsoft/torchscale.
+  """
+
+  def frequencies(self, dim, base):
+    rope_frequencies(dim, base)  # For its errors.
+    return base ** -np.linspace(0, 1, dim // 2)
+
+
+@dataclasses.dataclass(frozen=True)
 class Interpolation:
   """Divides all frequencies by k, as if positions were k times denser (PI).
 

@@ -6,6 +6,8 @@ from jaxformers.nn import LearnedT5Bias
 from jaxformers.nn import Normal
 from jaxformers.nn import RMSNorm
 from jaxformers.nn.mixers import Attention
+from jaxformers.nn.mixers import LinearAttention
+from jaxformers.nn.mixers import Retention
 from jaxformers.ops import ALiBi
 from jaxformers.ops import Causal
 from jaxformers.ops import InverseSqrt
@@ -77,6 +79,31 @@ class TestMixers(MixerConformance):
         initializer=Normal(0.3),
         scale=LearnedSSMax(train_length=8),
         bias=ALiBi(),
+      ),
+    ),
+    MixerCase(
+      'linear_attention_rotary',
+      LinearAttention(num_heads=2, position=Rotary(), chunk=5),
+    ),
+    MixerCase(
+      'linear_attention_unnormalised',
+      LinearAttention(
+        num_heads=2,
+        feature='identity',
+        normalize=False,
+        out_norm=RMSNorm(),
+        chunk=5,
+      ),
+    ),
+    MixerCase(
+      'linear_attention_encoder',
+      LinearAttention(num_heads=2, causal=False, position=Rotary(), chunk=5),
+    ),
+    MixerCase('retention', Retention(num_heads=2, chunk=5)),
+    MixerCase(
+      'retention_stabilised_recurrent',
+      Retention(
+        num_heads=2, value_dim=6, stabilise=True, method='recurrent', chunk=5
       ),
     ),
   )

@@ -3,7 +3,10 @@
 from typing import Any, Protocol, runtime_checkable
 
 from jax import Array
+import jax.numpy as jnp
 from jaxtyping import Float, Int
+
+from jaxformers.ops import segments
 
 State = Any
 """A pytree of arrays whose leading axis is the batch; what it holds is the
@@ -75,3 +78,48 @@ def require_causal(mixer: Mixer) -> None:
       'state and cannot read a sequence in pieces; give it a causal mask, or '
       'feed whole sequences with state=None.'
     )
+
+
+def locate(
+  shape: tuple[int, int],
+  cursor: segments.Cursor | None,
+  segments_BL: Int[Array, 'B L'] | None,
+) -> tuple[segments.Places | None, segments.Cursor | None]:
+  """Finds where the tokens of a call stand.
+
+  Args:
+    shape: B and L.
+    cursor: of the state; None without a state.
+    segments_BL: packing ids, as the mixer got them.
+
+  Returns:
+    Their places, None for a single segment from position 0; and the next
+    cursor, of no meaning without a state.
+  """
+  if cursor is None and segments_BL is None:
+    return None, None
+  cursor = segments.start(shape[0]) if cursor is None else cursor
+  if segments_BL is None:
+    segments_BL = jnp.ones(shape, jnp.int32)
+  return segments.advance(cursor, segments_BL)
+
+
+def head_width(num_heads: int, head_dim: int | None, width: int) -> int:
+  """Returns the width of each head: what is said, or an equal share.
+
+  Args:
+    num_heads: H.
+    head_dim: K; None for a share.
+    width: D, which is shared out.
+
+  Raises:
+    ValueError: if there is no head, or no equal share.
+  """
+  if num_heads < 1:
+    raise ValueError(f'a mixer needs num_heads >= 1, got {num_heads}.')
+  if head_dim is None and width % num_heads:
+    raise ValueError(
+      f'width {width} does not divide into {num_heads} heads; choose a '
+      'num_heads that divides it, or set head_dim.'
+    )
+  return head_dim or width // num_heads
