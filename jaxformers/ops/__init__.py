@@ -1,9 +1,13 @@
 """Mathematics: pure functions and descriptions over arrays."""
 
 from jaxformers.ops.attention import Attended
+from jaxformers.ops.attention import AttentionWeights
 from jaxformers.ops.attention import Softmax
 from jaxformers.ops.attention import attend
 from jaxformers.ops.attention import attend_partial
+from jaxformers.ops.attention import attention_weights
+from jaxformers.ops.attention_diagnostics import AttentionDiagnostics
+from jaxformers.ops.attention_diagnostics import attention_diagnostics
 from jaxformers.ops.concentration import ScoreFit
 from jaxformers.ops.concentration import attention_entropy
 from jaxformers.ops.concentration import concentration

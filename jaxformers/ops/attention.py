@@ -12,6 +12,7 @@ The order is: positions, scale, scores, bias, mask, weights, output.
 """
 
 import dataclasses
+import functools
 from typing import (
   Any,
   Literal,
@@ -24,7 +25,7 @@ from typing import (
 import jax
 from jax import Array
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Real
+from jaxtyping import Bool, Float, Int, Real
 
 from jaxformers.ops.blockwise import Places
 from jaxformers.ops.blockwise import attend_blockwise
@@ -73,6 +74,27 @@ class Weights(NamedTuple):
 
   weights: Float[Array, '*B L M']
   log_normalizer: Float[Array, '*B L']
+
+
+class AttentionWeights(NamedTuple):
+  """Everything between scores and output, for those who measure it.
+
+  Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762,
+  equation 1.
+
+  Attributes:
+    weights: `[B, H, L, M]`, 0 wherever nothing is seen.
+    log_normalizer: `[B, H, L]`.
+    logits: `[B, H, L, M]`, scores as the weights read them: with positions,
+      scale and bias; of any value wherever nothing is seen.
+    is_visible: `[B, H, L, M]`, whether the query sees the key; axes B and H may
+      have size 1.
+  """
+
+  weights: Float[Array, 'B H L M']
+  log_normalizer: Float[Array, 'B H L']
+  logits: Float[Array, 'B H L M']
+  is_visible: Bool[Array, '#B #H L M']
 
 
 @runtime_checkable
@@ -226,6 +248,52 @@ def attend_partial(
   return partial_of(result.out.astype(accumulator), result.log_normalizer)
 
 
+def attention_weights(
+  query_BLHK: Float[Array, 'B L H K'],
+  key_BMGK: Float[Array, 'B M G K'],
+  *,
+  kind: Kind = Softmax(),
+  bias: Float[Array, '#B #H #L #M'] | None = None,
+  rows: Int[Array, ' R'] | None = None,
+  **options: Any,
+) -> AttentionWeights:
+  """Computes the weights that `attend` gives to values.
+
+  Time and memory `O(R M H)` for R of the L queries.
+
+  Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762,
+  equation 1.
+
+  Args:
+    query_BLHK: as for `attend`.
+    key_BMGK: as for `attend`.
+    kind: as for `attend`.
+    bias: as for `attend`.
+    rows: indices of the queries whose weights are wanted; None for all.
+    **options: `position`, `scale`, `mask`, `query_position`, `key_position` and
+      `keys_stored`, as for `attend`.
+
+  Returns:
+    Weights, scores and visibility, in at least float32, with R in place of L.
+
+  Raises:
+    ValueError: as `attend`.
+  """
+  problem = _problem(query_BLHK, key_BMGK, key_BMGK, **options)
+  if rows is None:
+    return _weigh(problem, kind, bias)
+
+  def weigh_row(i):
+    one_bias = bias
+    if bias is not None and bias.shape[2] > 1:
+      one_bias = jax.lax.dynamic_slice_in_dim(bias, i, 1, axis=2)
+    return _weigh(problem.row(i), kind, one_bias)
+
+  # [B, H, R, 1, ...] -> [B, H, R, ...]
+  weighed = jax.vmap(weigh_row, out_axes=2)(jnp.asarray(rows))
+  return jax.tree.map(lambda x: x[:, :, :, 0], weighed)
+
+
 class _Problem(NamedTuple):
   """Checked and completed arguments, as an implementation takes them."""
 
@@ -246,6 +314,17 @@ class _Problem(NamedTuple):
       self.places.key_position,
     )
 
+  def row(self, i):
+    """Returns the problem of query i alone."""
+    cut = functools.partial(jax.lax.dynamic_slice_in_dim, axis=1)
+    mask, query_position, key_position = self.places
+    places = Places(
+      mask.block(i, 1, 0, self.key.shape[1]),
+      cut(query_position, i, 1),
+      key_position,
+    )
+    return self._replace(query=cut(self.query, i, 1), places=places)
+
 
 def _attend(
   query,
@@ -265,7 +344,17 @@ def _attend(
   statistics=False,
 ) -> Attended:
   """Attends; the output is not yet in the dtype of the values."""
-  _check_shapes(query, key, value)
+  problem = _problem(
+    query,
+    key,
+    value,
+    position=position,
+    scale=scale,
+    mask=mask,
+    query_position=query_position,
+    key_position=key_position,
+    keys_stored=keys_stored,
+  )
   implementation = _choose(
     implementation, supports('blockwise', kind, bias, statistics), query, key
   )
@@ -274,6 +363,25 @@ def _attend(
       f"block={block} given, but 'xla' materialises all scores at once and "
       "has no blocks; leave block=None or ask for 'blockwise'."
     )
+  if implementation == 'blockwise':
+    return _attend_blocks(problem, BLOCK if block is None else block)
+  return _attend_whole(problem, kind, bias, statistics)
+
+
+def _problem(
+  query,
+  key,
+  value,
+  *,
+  position=NoPosition(),
+  scale=InverseSqrt(),
+  mask=NoMask(),
+  query_position=None,
+  key_position=None,
+  keys_stored=False,
+):
+  """Checks and completes the arguments."""
+  _check_shapes(query, key, value)
   compares = mask.compares_positions or position.compares_positions
   places = Places(
     mask, *_positions(query, key, query_position, key_position, compares)
@@ -283,10 +391,7 @@ def _attend(
   value = jnp.where(exists, value, 0)
   if not keys_stored:
     key = position.store(key, places.key_position)
-  problem = _Problem(query, key, value, places, position, scale)
-  if implementation == 'blockwise':
-    return _attend_blocks(problem, BLOCK if block is None else block)
-  return _attend_whole(problem, kind, bias, statistics)
+  return _Problem(query, key, value, places, position, scale)
 
 
 def _attend_blocks(problem, block):
@@ -301,13 +406,23 @@ def _attend_blocks(problem, block):
 
 def _attend_whole(problem, kind, bias, statistics):
   """Materialises all scores."""
+  weighed = _weigh(problem, kind, bias)
+  out_BLHV = _weighted_values(weighed.weights, problem.value)
+  entropy_BLH = None
+  if statistics:
+    entropy_BLH = _entropy(weighed.weights).swapaxes(1, 2)
+  return Attended(out_BLHV, weighed.log_normalizer.swapaxes(1, 2), entropy_BLH)
+
+
+def _weigh(problem, kind, bias):
+  """Returns all scores and the weights that they become."""
   places = problem.places
   is_visible = places.mask.visible(places.query_position, places.key_position)
+  lengths = problem.query.shape[1], problem.key.shape[1]
+  is_visible = jnp.broadcast_to(is_visible, (*is_visible.shape[:2], *lengths))
 
   def visible_keys():
-    lengths = problem.query.shape[1], problem.key.shape[1]
-    shape = *is_visible.shape[:2], *lengths
-    return jnp.broadcast_to(is_visible, shape).sum(axis=-1, dtype=jnp.int32)
+    return is_visible.sum(axis=-1, dtype=jnp.int32)
 
   logits_BHLM = _logits(
     problem.branches(visible_keys), places.query_position, places.key_position
@@ -315,9 +430,9 @@ def _attend_whole(problem, kind, bias, statistics):
   if bias is not None:
     logits_BHLM += bias.astype(logits_BHLM.dtype)
   weights_BHLM, log_normalizer_BHL = kind.weights(logits_BHLM, is_visible)
-  out_BLHV = _weighted_values(weights_BHLM, problem.value)
-  entropy_BLH = _entropy(weights_BHLM).swapaxes(1, 2) if statistics else None
-  return Attended(out_BLHV, log_normalizer_BHL.swapaxes(1, 2), entropy_BLH)
+  return AttentionWeights(
+    weights_BHLM, log_normalizer_BHL, logits_BHLM, is_visible
+  )
 
 
 def _entropy(weights_BHLM):

@@ -2,8 +2,11 @@
 
 from typing import Any, Protocol, runtime_checkable
 
+import flax.linen as nn
 from jax import Array
 from jaxtyping import Float, Int
+
+from jaxformers.ops.attention_diagnostics import attention_diagnostics
 
 State = Any
 """A pytree of arrays whose leading axis is the batch; what it holds is the
@@ -75,3 +78,27 @@ def require_causal(mixer: Mixer) -> None:
       'state and cannot read a sequence in pieces; give it a causal mask, or '
       'feed whole sequences with state=None.'
     )
+
+
+def sow_attention(
+  mixer: nn.Module,
+  query_BLHK: Float[Array, 'B L H K'],
+  key_BMGK: Float[Array, 'B M G K'],
+  **options: Any,
+) -> None:
+  """Leaves measures of the mixer's attention, if anyone asked for them.
+
+  They go to the collection `diagnostics`, named `attention`. Nothing is computed
+  unless that collection is mutable, as it is under
+  `jaxformers.diagnostics.attention_report`.
+
+  Args:
+    mixer: a bound module.
+    query_BLHK: as for `jaxformers.ops.attend`.
+    key_BMGK: as for `jaxformers.ops.attend`.
+    **options: as for `jaxformers.ops.attention_diagnostics`.
+  """
+  asked = mixer.is_mutable_collection('diagnostics')
+  if asked and not mixer.is_initializing():
+    measures = attention_diagnostics(query_BLHK, key_BMGK, **options)
+    mixer.sow('diagnostics', 'attention', measures)
