@@ -18,4 +18,5 @@ from jaxformers.nn.position import Learned
 from jaxformers.nn.position import Sinusoidal
 from jaxformers.nn.residual import PostNorm
 from jaxformers.nn.residual import PreNorm
+from jaxformers.nn.score import LearnedCosineScale
 from jaxformers.nn.score import LearnedSSMax

@@ -3,6 +3,7 @@
 import math
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from jaxformers.ops import scales
 
@@ -35,3 +36,36 @@ class LearnedSSMax(nn.Module):
     start = nn.initializers.constant(1 / math.log(self.train_length))
     s_H = self.param('s_H', start, (num_heads,))
     return scales.Product(self.base, scales.SSMax(s_H))
+
+
+class LearnedCosineScale(nn.Module):
+  """Owns the multiplier of cosine scores, one per head, and gives the scale.
+
+  `exp(min(t, log(largest)))` with t learned. Goes into the `scale` slot of
+  attention, together with `qk_norm=UnitNorm()`. Nothing else divides the
+  scores: cosines do not grow with the width.
+
+  Source: Liu et al., "Swin Transformer V2", 2021, arXiv 2111.09883, section 3.3;
+  start and bound as in https://github.com/microsoft/Swin-Transformer
+  (`logit_scale`). For a start that fits n keys of width d see
+  `jaxformers.ops.cosine_optimal_scale`.
+
+  Attributes:
+    start: the multiplier before training.
+    largest: it never gets larger; from there on t has no gradient.
+  """
+
+  start: float = 10.0
+  largest: float = 100.0
+
+  @nn.compact
+  def __call__(self, num_heads: int) -> scales.Scale:
+    if not 0 < self.start < self.largest:
+      raise ValueError(
+        'LearnedCosineScale needs 0 < start < largest, got start='
+        f'{self.start} and largest={self.largest}.'
+      )
+    start = nn.initializers.constant(math.log(self.start))
+    log_scale_H = self.param('log_scale_H', start, (num_heads,))
+    scale_H = jnp.exp(jnp.minimum(log_scale_H, math.log(self.largest)))
+    return scales.ConstantScale(scale_H[None, :, None])

@@ -1,7 +1,9 @@
 """The conformance table of the sequence mixers: one row per mixer."""
 
+from jaxformers.nn import LearnedCosineScale
 from jaxformers.nn import Normal
 from jaxformers.nn import RMSNorm
+from jaxformers.nn import UnitNorm
 from jaxformers.nn.mixers import Attention
 from jaxformers.ops import Causal
 from jaxformers.ops import LeakyReRoPE
@@ -62,6 +64,16 @@ class TestMixers(MixerConformance):
         mask=Causal() & Window(4),
         qk_norm=RMSNorm(),
         initializer=Normal(0.3),
+      ),
+    ),
+    MixerCase(
+      'attention_cosine',
+      Attention(
+        num_heads=4,
+        num_kv_heads=2,
+        position=Rotary(),
+        qk_norm=UnitNorm(),
+        scale=LearnedCosineScale(start=3.0),
       ),
     ),
   )
