@@ -26,6 +26,8 @@ from jaxformers.ops.entropy import NormalizedEntropy
 from jaxformers.ops.entropy import entropy
 from jaxformers.ops.entropy import normalize_entropy
 from jaxformers.ops.entropy import renyi_entropy
+from jaxformers.ops.entropy_attention import EntropyNormalizedSoftmax
+from jaxformers.ops.entropy_attention import entropy_multiplier
 from jaxformers.ops.frequencies import DynamicNTK
 from jaxformers.ops.frequencies import Interpolation
 from jaxformers.ops.frequencies import Llama3
@@ -47,6 +49,8 @@ from jaxformers.ops.masks import Mask
 from jaxformers.ops.masks import NoMask
 from jaxformers.ops.masks import Segments
 from jaxformers.ops.masks import Window
+from jaxformers.ops.near_far import attend_near_and_far
+from jaxformers.ops.near_far import decode_near_and_far
 from jaxformers.ops.norms import layer_norm
 from jaxformers.ops.norms import rms_norm
 from jaxformers.ops.optimal_scale import GradientOptimal
@@ -60,6 +64,7 @@ from jaxformers.ops.positions import NoPosition
 from jaxformers.ops.positions import Rotary
 from jaxformers.ops.positions import rotate
 from jaxformers.ops.positions import sinusoidal
+from jaxformers.ops.rerope import FarRotary
 from jaxformers.ops.rerope import LeakyReRoPE
 from jaxformers.ops.rerope import ReRoPE
 from jaxformers.ops.scales import ConstantScale

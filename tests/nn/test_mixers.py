@@ -6,6 +6,7 @@ from jaxformers.nn import RMSNorm
 from jaxformers.nn import UnitNorm
 from jaxformers.nn.mixers import Attention
 from jaxformers.ops import Causal
+from jaxformers.ops import EntropyNormalizedSoftmax
 from jaxformers.ops import LeakyReRoPE
 from jaxformers.ops import NoMask
 from jaxformers.ops import ReRoPE
@@ -75,5 +76,9 @@ class TestMixers(MixerConformance):
         qk_norm=UnitNorm(),
         scale=LearnedCosineScale(start=3.0),
       ),
+    ),
+    MixerCase(
+      'attention_entropy_normalized',
+      Attention(num_heads=2, kind=EntropyNormalizedSoftmax(0.6, relative=True)),
     ),
   )

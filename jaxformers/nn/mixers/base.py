@@ -24,8 +24,8 @@ class Mixer(Protocol):
   state.
 
   Side outputs go through `self.sow` into the collections `losses` (scalars to
-  be minimised) and `diagnostics`; statistics that change while training live in
-  the collection `statistics`.
+  be minimised) and `diagnostics` (`sow_attention`); statistics that change while
+  training live in the collection `statistics`.
   """
 
   @property
