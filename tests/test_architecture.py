@@ -26,8 +26,10 @@ MAY_IMPORT = {
   'nn': {'ops'},
   'models': {'ops', 'nn'},
   'decode': {'ops', 'nn', 'models'},
+  'diagnostics': {'ops', 'nn'},
   'train': {
     'ops', 'nn', 'models', 'decode', 'losses', 'optim', 'text', 'data',
+    'diagnostics',
   },
   'testing': {
     'ops', 'nn', 'models', 'decode', 'losses', 'optim', 'text', 'data', 'train',
@@ -123,7 +125,8 @@ NO_SOURCE = {
 
 
 @pytest.mark.parametrize(
-  'package', ['ops', 'nn', 'nn.mixers', 'optim', 'losses', 'models']
+  'package',
+  ['ops', 'nn', 'nn.mixers', 'optim', 'losses', 'models', 'diagnostics'],
 )
 def test_public_parts_name_their_source(package):
   for name, value in public_symbols(package):

@@ -18,6 +18,7 @@ from jaxformers.nn.position import Learned
 from jaxformers.nn.position import Sinusoidal
 from jaxformers.nn.residual import PostNorm
 from jaxformers.nn.residual import PreNorm
+from jaxformers.nn.score import LearnedCosineScale
 from jaxformers.nn.score import LearnedRelativeBias
 from jaxformers.nn.score import LearnedSSMax
 from jaxformers.nn.score import LearnedT5Bias

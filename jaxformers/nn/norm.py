@@ -75,7 +75,8 @@ class UnitNorm(nn.Module):
 
   `x / sqrt(sum(x^2) + eps)`. In the `qk_norm` slot of attention it turns scores
   into cosines, which need a multiplier well above 1:
-  `scale=ConstantScale(cosine_optimal_scale(n, d))`.
+  `scale=ConstantScale(cosine_optimal_scale(n, d))`, or one that is learned,
+  `scale=LearnedCosineScale()`.
 
   Source: Henry et al., "Query-Key Normalization for Transformers", 2020, arXiv
   2010.04245, section 3.

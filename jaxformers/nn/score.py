@@ -3,6 +3,7 @@
 import math
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from jaxformers.nn.init import Initializer
 from jaxformers.nn.init import Normal
@@ -94,3 +95,36 @@ class LearnedRelativeBias(nn.Module):
     shape = 2 * self.max_distance + 1, num_heads
     start = self.initializer(in_axis=0, out_axis=1)
     return biases.RelativeBias(self.param('table_NH', start, shape))
+
+
+class LearnedCosineScale(nn.Module):
+  """Owns the multiplier of cosine scores, one per head, and gives the scale.
+
+  `exp(min(t, log(largest)))` with t learned. Goes into the `scale` slot of
+  attention, together with `qk_norm=UnitNorm()`. Nothing else divides the
+  scores: cosines do not grow with the width.
+
+  Source: Liu et al., "Swin Transformer V2", 2021, arXiv 2111.09883, section 3.3;
+  start and bound as in https://github.com/microsoft/Swin-Transformer
+  (`logit_scale`). For a start that fits n keys of width d see
+  `jaxformers.ops.cosine_optimal_scale`.
+
+  Attributes:
+    start: the multiplier before training.
+    largest: it never gets larger; from there on t has no gradient.
+  """
+
+  start: float = 10.0
+  largest: float = 100.0
+
+  @nn.compact
+  def __call__(self, num_heads: int) -> scales.Scale:
+    if not 0 < self.start < self.largest:
+      raise ValueError(
+        'LearnedCosineScale needs 0 < start < largest, got start='
+        f'{self.start} and largest={self.largest}.'
+      )
+    start = nn.initializers.constant(math.log(self.start))
+    log_scale_H = self.param('log_scale_H', start, (num_heads,))
+    scale_H = jnp.exp(jnp.minimum(log_scale_H, math.log(self.largest)))
+    return scales.ConstantScale(scale_H[None, :, None])

@@ -1,9 +1,13 @@
 """Mathematics: pure functions and descriptions over arrays."""
 
 from jaxformers.ops.attention import Attended
+from jaxformers.ops.attention import AttentionWeights
 from jaxformers.ops.attention import attend
 from jaxformers.ops.attention import attend_partial
+from jaxformers.ops.attention import attention_weights
 from jaxformers.ops.attention import supports
+from jaxformers.ops.attention_diagnostics import AttentionDiagnostics
+from jaxformers.ops.attention_diagnostics import attention_diagnostics
 from jaxformers.ops.biases import ALiBi
 from jaxformers.ops.biases import Bias
 from jaxformers.ops.biases import DenseBias
@@ -27,6 +31,8 @@ from jaxformers.ops.entropy import NormalizedEntropy
 from jaxformers.ops.entropy import entropy
 from jaxformers.ops.entropy import normalize_entropy
 from jaxformers.ops.entropy import renyi_entropy
+from jaxformers.ops.entropy_attention import EntropyNormalizedSoftmax
+from jaxformers.ops.entropy_attention import entropy_multiplier
 from jaxformers.ops.frequencies import DynamicNTK
 from jaxformers.ops.frequencies import Interpolation
 from jaxformers.ops.frequencies import Llama3
@@ -59,6 +65,8 @@ from jaxformers.ops.masks import Mask
 from jaxformers.ops.masks import NoMask
 from jaxformers.ops.masks import Segments
 from jaxformers.ops.masks import Window
+from jaxformers.ops.near_far import attend_near_and_far
+from jaxformers.ops.near_far import decode_near_and_far
 from jaxformers.ops.norms import layer_norm
 from jaxformers.ops.norms import rms_norm
 from jaxformers.ops.optimal_scale import GradientOptimal
@@ -86,6 +94,7 @@ from jaxformers.ops.recurrent_attention import attend_newest_first
 from jaxformers.ops.recurrent_attention import attend_streaming
 from jaxformers.ops.recurrent_attention import embedding_reads
 from jaxformers.ops.recurrent_attention import reread
+from jaxformers.ops.rerope import FarRotary
 from jaxformers.ops.rerope import LeakyReRoPE
 from jaxformers.ops.rerope import ReRoPE
 from jaxformers.ops.scales import ConstantScale

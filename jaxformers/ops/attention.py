@@ -22,7 +22,7 @@ from typing import (
 import jax
 from jax import Array
 import jax.numpy as jnp
-from jaxtyping import Float, Real
+from jaxtyping import Bool, Float, Int, Real
 
 from jaxformers.ops.biases import Bias
 from jaxformers.ops.biases import as_bias
@@ -42,6 +42,7 @@ from jaxformers.ops.positions import PositionScheme
 from jaxformers.ops.positions import Rotary
 from jaxformers.ops.scales import InverseSqrt
 from jaxformers.ops.scales import Scale
+from jaxformers.ops.tile import Tile
 from jaxformers.ops.vendor import KERNELS
 from jaxformers.ops.vendor import LANES
 from jaxformers.ops.vendor import refuses_mask
@@ -82,6 +83,27 @@ class Attended(NamedTuple):
   entropy: Float[Array, 'B L H']
   effective_support: Float[Array, 'B L H']
   variance: Float[Array, 'B L H']
+
+
+class AttentionWeights(NamedTuple):
+  """Everything between scores and output, for those who measure it.
+
+  Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762,
+  equation 1.
+
+  Attributes:
+    weights: `[B, H, L, M]`, 0 wherever nothing is seen.
+    log_normalizer: `[B, H, L]`.
+    logits: `[B, H, L, M]`, scores as the weights read them: with positions,
+      scale and bias; of any value wherever nothing is seen.
+    is_visible: `[B, H, L, M]`, whether the query sees the key; axes B and H may
+      have size 1.
+  """
+
+  weights: Float[Array, 'B H L M']
+  log_normalizer: Float[Array, 'B H L']
+  logits: Float[Array, 'B H L M']
+  is_visible: Bool[Array, '#B #H L M']
 
 
 def attend(
@@ -205,6 +227,44 @@ def attend_partial(
   return partial_of(result.out.astype(accumulator), result.log_normalizer)
 
 
+def attention_weights(
+  query_BLHK: Float[Array, 'B L H K'],
+  key_BMGK: Float[Array, 'B M G K'],
+  *,
+  rows: Int[Array, ' R'] | None = None,
+  **options: Any,
+) -> AttentionWeights:
+  """Computes the weights that `attend` gives to values.
+
+  Time and memory `O(R M H)` for R of the L queries.
+
+  Source: Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762,
+  equation 1.
+
+  Args:
+    query_BLHK: as for `attend`.
+    key_BMGK: as for `attend`.
+    rows: indices of the queries whose weights are wanted; None for all.
+    **options: `position`, `scale`, `mask`, `kind`, `bias`, `query_position`,
+      `key_position` and `keys_stored`, as for `attend`.
+
+  Returns:
+    Weights, scores and visibility, in at least float32, with R in place of L.
+
+  Raises:
+    ValueError: as `attend`.
+  """
+  problem = _problem(query_BLHK, key_BMGK, key_BMGK, **options)
+  if rows is None:
+    return _weigh(problem)
+
+  # [B, H, R, 1, ...] -> [B, H, R, ...]
+  weighed = jax.vmap(lambda i: _weigh(problem.row(i)), out_axes=2)(
+    jnp.asarray(rows)
+  )
+  return jax.tree.map(lambda x: x[:, :, :, 0], weighed)
+
+
 class _Problem(NamedTuple):
   """Checked and completed arguments, as an implementation takes them."""
 
@@ -228,8 +288,40 @@ class _Problem(NamedTuple):
       self.places.key_position,
     )
 
+  def row(self, i):
+    """Returns the problem of query i alone."""
+    tile = Tile(None, (i, 1), (0, self.key.shape[1]))
+    return self._replace(
+      query=jax.lax.dynamic_slice_in_dim(self.query, i, 1, axis=1),
+      places=self.places.block(tile),
+      bias=None if self.bias is None else self.bias.block(tile),
+    )
+
 
 def _attend(
+  query, key, value, *, implementation, block=None, is_partial=False, **options
+) -> Summary:
+  """Attends; the output is not yet in the dtype of the values."""
+  problem = _problem(query, key, value, **options)
+  given = options.get('query_position'), options.get('key_position')
+  implementation = _choose(
+    implementation, problem, is_partial, default_positions=given == (None, None)
+  )
+  if implementation != 'blockwise' and block is not None:
+    raise ValueError(
+      f'block={block} given, but {implementation!r} takes none; leave '
+      "block=None or ask for 'blockwise'."
+    )
+  match implementation:
+    case 'blockwise':
+      block = block or _block_size(problem.places.mask)
+      return _attend_blocks(problem, block)
+    case 'xla':
+      return _attend_whole(problem)
+  return _attend_kernel(problem, implementation)
+
+
+def _problem(
   query,
   key,
   value,
@@ -242,36 +334,13 @@ def _attend(
   query_position=None,
   key_position=None,
   keys_stored=False,
-  implementation='auto',
-  block=None,
   statistics=False,
-  is_partial=False,
-) -> Summary:
-  """Attends; the output is not yet in the dtype of the values."""
+) -> _Problem:
+  """Checks and completes the arguments."""
   _check_shapes(query, key, value)
   bias = as_bias(bias)
-  implementation = _choose(
-    implementation,
-    query,
-    key,
-    position=position,
-    mask=mask,
-    kind=kind,
-    bias=bias,
-    statistics=statistics or is_partial,
-    dtype=query.dtype,
-    default_positions=query_position is None and key_position is None,
-  )
-  if implementation != 'blockwise' and block is not None:
-    raise ValueError(
-      f'block={block} given, but {implementation!r} takes none; leave '
-      "block=None or ask for 'blockwise'."
-    )
-  compares = (
-    mask.compares_positions
-    or position.compares_positions
-    or (bias is not None and bias.compares_positions)
-  )
+  parts = [part for part in (mask, position, bias) if part is not None]
+  compares = any(part.compares_positions for part in parts)
   places = Places(
     mask, *_positions(query, key, query_position, key_position, compares)
   )
@@ -281,15 +350,9 @@ def _attend(
   value = jnp.where(exists, value, 0)
   if not keys_stored:
     key = position.store(key, places.key_position)
-  problem = _Problem(
+  return _Problem(
     query, key, value, places, position, scale, kind, bias, statistics
   )
-  match implementation:
-    case 'blockwise':
-      return _attend_blocks(problem, block or _block_size(mask))
-    case 'xla':
-      return _attend_whole(problem)
-  return _attend_kernel(problem, implementation)
 
 
 def _block_size(mask):
@@ -338,13 +401,28 @@ def _attend_kernel(problem, implementation):
 
 def _attend_whole(problem):
   """Materialises all scores."""
+  weighed = _weigh(problem)
+  summary = Summary(
+    _weighted_values(weighed.weights, problem.value),
+    weighed.log_normalizer.swapaxes(1, 2),
+  )
+  if not problem.statistics:
+    return summary
+  statistics = _statistics(weighed.weights, weighed.logits)
+  return summary._replace(
+    **{name: x.swapaxes(1, 2) for name, x in statistics.items()}
+  )
+
+
+def _weigh(problem):
+  """Returns all scores and the weights that they become."""
   places = problem.places
   is_visible = places.mask.visible(places.query_position, places.key_position)
+  lengths = problem.query.shape[1], problem.key.shape[1]
+  is_visible = jnp.broadcast_to(is_visible, (*is_visible.shape[:2], *lengths))
 
   def visible_keys():
-    lengths = problem.query.shape[1], problem.key.shape[1]
-    shape = *is_visible.shape[:2], *lengths
-    return jnp.broadcast_to(is_visible, shape).sum(axis=-1, dtype=jnp.int32)
+    return is_visible.sum(axis=-1, dtype=jnp.int32)
 
   branches = problem.branches(visible_keys)
   positions = places.query_position, places.key_position
@@ -355,13 +433,8 @@ def _attend_whole(problem):
   weights_BHLM, log_normalizer_BHL = problem.kind.weights(
     logits_BHLM, is_visible
   )
-  out_BLHV = _weighted_values(weights_BHLM, problem.value)
-  summary = Summary(out_BLHV, log_normalizer_BHL.swapaxes(1, 2))
-  if not problem.statistics:
-    return summary
-  statistics = _statistics(weights_BHLM, logits_BHLM)
-  return summary._replace(
-    **{name: x.swapaxes(1, 2) for name, x in statistics.items()}
+  return AttentionWeights(
+    weights_BHLM, log_normalizer_BHL, logits_BHLM, is_visible
   )
 
 
@@ -545,23 +618,30 @@ def supports(
   return refuses_mask(implementation, mask)
 
 
-def _choose(implementation, query, key, **asked):
+def _choose(implementation, problem, is_partial, default_positions):
   """Returns the implementation to run."""
   known = get_args(Implementation)
   if implementation not in known:
     raise ValueError(
       f'unknown implementation {implementation!r}; known: {", ".join(known)}.'
     )
-  lengths = query.shape[1], key.shape[1]
-  asked = {**asked, 'lengths': lengths}
+  lengths = problem.query.shape[1], problem.key.shape[1]
+  refusal = functools.partial(
+    supports,
+    position=problem.position,
+    mask=problem.places.mask,
+    kind=problem.kind,
+    bias=problem.bias,
+    statistics=problem.statistics or is_partial,
+    dtype=problem.query.dtype,
+    lengths=lengths,
+    default_positions=default_positions,
+  )
   if implementation == 'auto':
     is_long = lengths[0] * lengths[1] >= LONG
-    is_able = supports('blockwise', **asked) is None
-    return 'blockwise' if is_long and is_able else 'xla'
-  if (reason := supports(implementation, **asked)) is not None:
-    others = [
-      repr(name) for name in known[1:] if supports(name, **asked) is None
-    ]
+    return 'blockwise' if is_long and refusal('blockwise') is None else 'xla'
+  if (reason := refusal(implementation)) is not None:
+    others = [repr(name) for name in known[1:] if refusal(name) is None]
     raise ValueError(
       f'implementation {implementation!r} cannot do this: {reason}; '
       f"{' and '.join(others)} can, and 'auto' chooses."

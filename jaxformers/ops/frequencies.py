@@ -430,7 +430,9 @@ class YaRNScale(Factor):
   `mu = 0.1 log(k) + 1`. To be multiplied with the usual scale:
   `InverseSqrt() * YaRNScale(4)`. Other libraries multiply sines and cosines by
   mu; here the scores are multiplied, so that raw keys can be cached and
-  coordinates that are not rotated take part.
+  coordinates that are not rotated take part. For checkpoints of those libraries
+  that rotate only a part, use `Rotary(amplitude=YaRNScale(4).amplitude)` and the
+  usual scale alone; without `rotary_dim` both are the same.
 
   With `mscale` and `mscale_all_dim`, `mu = g(mscale) / g(mscale_all_dim)`,
   `g(c) = 0.1 c log(k) + 1`; equal ones give mu = 1.
@@ -465,9 +467,11 @@ class YaRNScale(Factor):
 
   def multiplier(self, visible_keys, head_dim):
     del visible_keys, head_dim
-    return self._amplitude() ** 2
+    return self.amplitude**2
 
-  def _amplitude(self):
+  @property
+  def amplitude(self) -> float:
+    """The number mu, which Hugging Face calls `attention_factor`."""
     if self.attention_factor is not None:
       return self.attention_factor
     slope = 0.1 * math.log(self.factor)

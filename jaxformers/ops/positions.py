@@ -8,6 +8,7 @@ holds everywhere. A scheme also says what a cache should keep of a key
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from jax import Array
@@ -100,12 +101,18 @@ class Rotary:
       (`jaxformers.ops.frequencies`), such as `YaRN(factor=4,
       original_length=2048)` for texts longer than trained on. It must be the
       same for all tokens of a cache.
+    amplitude: multiplies sines and cosines, and so, squared, the part of the
+      scores that rotated coordinates make. Hugging Face applies the factor of
+      YaRN in this way, so its checkpoints with `rotary_dim` need
+      `amplitude=YaRNScale(4).amplitude` in place of the scale `YaRNScale(4)`,
+      which is right for all coordinates. A cache keeps keys that are multiplied.
   """
 
   base: float = 10000.0
   pairing: Literal['half', 'interleaved'] = 'half'
   rotary_dim: int | None = None
   spectrum: Spectrum = Plain()
+  amplitude: float = 1.0
 
   compares_positions = True
 
@@ -116,6 +123,10 @@ class Rotary:
       )
     if self.base <= 0:
       raise ValueError(f'Rotary needs base > 0, got {self.base}.')
+    if not 0 < self.amplitude < math.inf:
+      raise ValueError(
+        f'Rotary needs a finite amplitude > 0, got {self.amplitude}.'
+      )
 
   def store(self, key, position):
     return self._rotate(key, position)
@@ -133,7 +144,13 @@ class Rotary:
         'head_dim or set rotary_dim.'
       )
     frequencies_P = self.spectrum.frequencies(dim, self.base)
-    turned = rotate(x[..., :dim], position, frequencies_P, self.pairing)
+    turned = rotate(
+      x[..., :dim],
+      position,
+      frequencies_P,
+      self.pairing,
+      amplitude=self.amplitude,
+    )
     return jnp.concatenate([turned, x[..., dim:]], axis=-1)
 
 
@@ -142,6 +159,8 @@ def rotate(
   position_BL: Real[Array, '#B L'],
   frequencies_P: Float[np.ndarray, ' P'],
   pairing: Literal['half', 'interleaved'] = 'half',
+  *,
+  amplitude: float = 1.0,
 ) -> Float[Array, 'B L H K']:
   """Rotates each coordinate pair by its frequency times the position.
 
@@ -156,13 +175,15 @@ def rotate(
     position_BL: any real numbers; one row serves all sequences.
     frequencies_P: radians per position of each pair.
     pairing: see `Rotary`.
+    amplitude: multiplies sines and cosines.
 
   Returns:
-    An array like `x_BLHK`, of its dtype, with every pair's norm unchanged.
+    An array like `x_BLHK`, of its dtype, with every pair's norm multiplied by
+    the amplitude.
   """
   dtype = jnp.promote_types(x_BLHK.dtype, jnp.float32)
   angle_BLP = position_BL[..., None].astype(dtype) * frequencies_P.astype(dtype)
-  cos, sin = jnp.cos(angle_BLP)[:, :, None], jnp.sin(angle_BLP)[:, :, None]
+  cos, sin = (amplitude * f(angle_BLP)[:, :, None] for f in (jnp.cos, jnp.sin))
   x = x_BLHK.astype(dtype)
   if pairing == 'half':
     a, b = jnp.split(x, 2, axis=-1)

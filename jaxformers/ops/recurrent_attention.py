@@ -27,6 +27,7 @@ from jaxformers.ops.positions import PositionScheme
 from jaxformers.ops.scales import ConstantScale
 from jaxformers.ops.scales import InverseSqrt
 from jaxformers.ops.scales import Scale
+from jaxformers.ops.tile import Tile
 
 
 def attend_newest_first(
@@ -133,7 +134,7 @@ def attend_streaming(
       cut(value_BMGV),
       position=position,
       scale=ConstantScale(factor),
-      mask=mask.block(0, length, j, 1),
+      mask=mask.block(Tile(None, (0, length), (j, 1))),
       query_position=query_position,
       key_position=cut(key_position),
       implementation='xla',

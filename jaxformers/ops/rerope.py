@@ -25,7 +25,79 @@ from jaxformers.ops.positions import Rotary
 
 
 @dataclasses.dataclass(frozen=True)
-class ReRoPE:
+class FarRotary:
+  """Rotates as `ReRoPE` and `LeakyReRoPE` do beyond their window.
+
+  `R^(i step + shift) q . R^(j step) k`. A cache keeps keys that are rotated by
+  `j step`: raw ones for `ReRoPE`, whose step is 0.
+
+  Source: Su Jianlin, "ReRoPE: infinite extrapolation?", 2023,
+  https://kexue.fm/archives/9708.
+
+  Attributes:
+    rotary: the rotation within the window.
+    step: what a position counts, 1/k.
+    shift: w - w/k, so that both agree at the edge of the window.
+  """
+
+  rotary: Rotary
+  step: float
+  shift: float
+
+  compares_positions = True
+
+  def store(self, key, position):
+    if not self.step:
+      return key
+    return self.rotary.store(key, _fractional(key, position) * self.step)
+
+  def branches(self, query, stored_key, query_position, key_position):
+    del key_position
+    place = _fractional(query, query_position) * self.step + self.shift
+    return (Branch(self.rotary.store(query, place), stored_key),)
+
+
+class _Bounded:
+  """What both schemes share: all but `step`, what r counts beyond the window."""
+
+  compares_positions = True
+
+  def __post_init__(self):
+    if self.window < 0:
+      raise ValueError(
+        f'{type(self).__name__} needs window >= 0, got {self.window}.'
+      )
+    self.near()  # Checks the other fields.
+
+  def near(self) -> Rotary:
+    """Returns the scheme within the window."""
+    return Rotary(self.base, self.pairing, self.rotary_dim, self.spectrum)
+
+  def far(self, *, after: bool = False) -> FarRotary:
+    """Returns the scheme of keys beyond the window, before or after a query."""
+    shift = self.window * (1 - self.step)
+    return FarRotary(self.near(), self.step, -shift if after else shift)
+
+  def store(self, key, position):
+    del position
+    return key
+
+  def branches(self, query, stored_key, query_position, key_position):
+    positions = query_position, key_position
+
+    def branch(scheme):
+      key = scheme.store(stored_key, key_position)
+      return scheme.branches(query, key, *positions)[0]
+
+    sides = (False, True) if self.bidirectional else (False,)
+    return branch(self.near()), *(
+      branch(self.far(after=after))._replace(region=_Beyond(self.window, after))
+      for after in sides
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ReRoPE(_Bounded):
   """Rotates by the distance within a window, and by the window beyond it.
 
   `P(r) = min(r, w)`: training-free length extrapolation, for a model that was
@@ -35,7 +107,8 @@ class ReRoPE:
 
   Costs one more product of queries and keys than `Rotary`. A cache keeps raw
   keys, because both branches need them differently, and the near branch then
-  rotates them at each step.
+  rotates them at each step. `jaxformers.ops.attend_near_and_far` and
+  `decode_near_and_far` compute the same without either.
 
   Source: Su Jianlin, "ReRoPE: infinite extrapolation?", 2023,
   https://kexue.fm/archives/9708; code: https://github.com/bojone/rerope.
@@ -59,23 +132,14 @@ class ReRoPE:
   spectrum: Spectrum = Plain()
   bidirectional: bool = False
 
-  compares_positions = True
-
-  def __post_init__(self):
-    _check(self)
-
-  def store(self, key, position):
-    del position
-    return key
-
-  def branches(self, query, stored_key, query_position, key_position):
-    return _branches(
-      self, 0.0, query, stored_key, (query_position, key_position)
-    )
+  @property
+  def step(self) -> float:
+    """What a position counts beyond the window."""
+    return 0.0
 
 
 @dataclasses.dataclass(frozen=True)
-class LeakyReRoPE:
+class LeakyReRoPE(_Bounded):
   """Rotates by the distance within a window, and in other steps beyond it.
 
   `P(r) = w + (r - w) / k` from r = w on. With k > 1 a model that was trained
@@ -111,24 +175,18 @@ class LeakyReRoPE:
   spectrum: Spectrum = Plain()
   bidirectional: bool = False
 
-  compares_positions = True
-
   def __post_init__(self):
-    _check(self)
+    super().__post_init__()
     if not 0 < self.slope < math.inf:
       raise ValueError(
         f'LeakyReRoPE needs a finite slope > 0, got {self.slope}; use ReRoPE '
         'for an infinite one.'
       )
 
-  def store(self, key, position):
-    del position
-    return key
-
-  def branches(self, query, stored_key, query_position, key_position):
-    return _branches(
-      self, 1 / self.slope, query, stored_key, (query_position, key_position)
-    )
+  @property
+  def step(self) -> float:
+    """What a position counts beyond the window."""
+    return 1 / self.slope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,32 +204,6 @@ class _Beyond:
     return (-distance if self.after else distance) >= self.window
 
 
-def _branches(scheme, step, query, key, positions):
-  """Returns near, far and perhaps future; `step` is 1/k, what r counts afar."""
-  rotary = _rotary(scheme)
-  near = rotary.branches(query, rotary.store(key, positions[1]), *positions)[0]
-  # Bfloat16 and integers hold no fractions of large positions.
-  dtype = jnp.promote_types(query.dtype, jnp.float32)
-  query_position, key_position = (p.astype(dtype) * step for p in positions)
-  # P(r) = r/k + w - w/k, so that R^P(r) q . k = R^(i/k + w - w/k) q . R^(j/k) k.
-  shift = scheme.window * (1 - step)
-  far_key = rotary.store(key, key_position) if step else key
-
-  def turned(shift, after):
-    far_query = rotary.store(query, query_position + shift)
-    return Branch(far_query, far_key, _Beyond(scheme.window, after))
-
-  far = near, turned(shift, False)
-  return (*far, turned(-shift, True)) if scheme.bidirectional else far
-
-
-def _rotary(scheme):
-  return Rotary(scheme.base, scheme.pairing, scheme.rotary_dim, scheme.spectrum)
-
-
-def _check(scheme):
-  _rotary(scheme)
-  if scheme.window < 0:
-    raise ValueError(
-      f'{type(scheme).__name__} needs window >= 0, got {scheme.window}.'
-    )
+def _fractional(x, position):
+  """Converts positions to a type that holds fractions, as bfloat16 does not."""
+  return position.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -10,6 +10,8 @@ from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from jaxformers.diagnostics.attention import attention_by_layer
+from jaxformers.diagnostics.attention import attention_metrics
 from jaxformers.losses.cross_entropy import cross_entropy
 
 Batch = dict[str, Array]
@@ -82,26 +84,32 @@ class NextToken:
     label_smoothing: see `jaxformers.losses.cross_entropy`.
     packed: whether rows hold several segments that must not see each other. If
       not, segments only say what is padding, which a causal model never sees.
+    diagnostics: whether evaluations also report how much the attention of each
+      layer concentrates (`jaxformers.diagnostics.attention_metrics`). Training
+      steps never do, and pay nothing.
   """
 
   z_loss: float = 0.0
   label_smoothing: float = 0.0
   packed: bool = False
+  diagnostics: bool = False
 
   def init(self, model, key, batch):
     variables = model.init(key, batch['tokens'][:1])
     return {k: v for k, v in variables.items() if k in ('params', 'statistics')}
 
   def loss(self, model, variables, batch, key, deterministic):
+    measures = self.diagnostics and deterministic
     (logits_BLV, _), changed = model.apply(
       variables,
       batch['tokens'],
       segments_BL=batch['segments'] if self.packed else None,
       deterministic=deterministic,
       rngs={'dropout': key},
-      mutable=['statistics', 'losses'],
+      mutable=['statistics', 'losses', *['diagnostics'] * measures],
     )
     auxiliary = changed.pop('losses', {})
+    sown = changed.pop('diagnostics', {})
     smoothing = 0.0 if deterministic else self.label_smoothing
     losses = cross_entropy(
       logits_BLV, batch['targets'], label_smoothing=smoothing
@@ -115,4 +123,8 @@ class NextToken:
     for path, leaf in jax.tree_util.tree_leaves_with_path(auxiliary):
       name = str(path[-2].key if hasattr(path[-2], 'key') else path[-2])
       tasks[name] = tasks.get(name, 0) + leaf.sum()
-    return Losses(tasks, {}, changed, weight)
+    metrics = {}
+    if measures:
+      report = attention_by_layer(sown, variables['params'])
+      metrics = attention_metrics(report)
+    return Losses(tasks, metrics, changed, weight)

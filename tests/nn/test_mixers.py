@@ -1,15 +1,18 @@
 """The conformance table of the sequence mixers: one row per mixer."""
 
+from jaxformers.nn import LearnedCosineScale
 from jaxformers.nn import LearnedRelativeBias
 from jaxformers.nn import LearnedSSMax
 from jaxformers.nn import LearnedT5Bias
 from jaxformers.nn import Normal
 from jaxformers.nn import RMSNorm
+from jaxformers.nn import UnitNorm
 from jaxformers.nn.mixers import Attention
 from jaxformers.nn.mixers import LinearAttention
 from jaxformers.nn.mixers import Retention
 from jaxformers.ops import ALiBi
 from jaxformers.ops import Causal
+from jaxformers.ops import EntropyNormalizedSoftmax
 from jaxformers.ops import InverseSqrt
 from jaxformers.ops import LeakyReRoPE
 from jaxformers.ops import LogLength
@@ -105,5 +108,19 @@ class TestMixers(MixerConformance):
       Retention(
         num_heads=2, value_dim=6, stabilise=True, method='recurrent', chunk=5
       ),
+    ),
+    MixerCase(
+      'attention_cosine',
+      Attention(
+        num_heads=4,
+        num_kv_heads=2,
+        position=Rotary(),
+        qk_norm=UnitNorm(),
+        scale=LearnedCosineScale(start=3.0),
+      ),
+    ),
+    MixerCase(
+      'attention_entropy_normalized',
+      Attention(num_heads=2, kind=EntropyNormalizedSoftmax(0.6, relative=True)),
     ),
   )

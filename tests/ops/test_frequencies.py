@@ -1,5 +1,6 @@
 """Frequencies of longer texts against published and hand-computed numbers."""
 
+import dataclasses
 import math
 
 import jax
@@ -255,6 +256,63 @@ def test_yarn_scale_from_two_mscales_or_an_explicit_amplitude():
   assert explicit == 2.25
 
 
+def test_the_amplitude_of_yarn_multiplies_what_is_rotated_alone():
+  yarn = YaRN(4, original_length=5)  # frequencies 1 and 0.01 / 4, see above
+  rotary = Rotary(rotary_dim=4, spectrum=yarn, amplitude=YaRNScale(4).amplitude)
+  y = rotary.store(jnp.ones((1, 1, 1, 6)), jnp.array([[2]]))[0, 0, 0]
+  mu = 1.138629436111989
+  expected = [
+    mu * (math.cos(2) - math.sin(2)),
+    mu * (math.cos(0.005) - math.sin(0.005)),
+    mu * (math.cos(2) + math.sin(2)),
+    mu * (math.cos(0.005) + math.sin(0.005)),
+    1,
+    1,
+  ]
+  np.testing.assert_allclose(y, expected, rtol=1e-6)
+
+
+def rotate_half(x):
+  return np.concatenate(
+    [-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1
+  )
+
+
+@pytest.mark.parametrize('rotary_dim', [4, 8])
+def test_scores_with_an_amplitude_are_those_of_hugging_face(rotary_dim):
+  with jax.enable_x64(True):
+    query, key = jax.random.normal(jax.random.key(0), (2, 1, 5, 1, 8), 'f8')
+    place = np.arange(5)[None]
+    yarn, mu = YaRN(4, original_length=64), YaRNScale(4).amplitude
+    rotary = Rotary(rotary_dim=rotary_dim, spectrum=yarn, amplitude=mu)
+    stored = rotary.store(key, jnp.asarray(place))
+    branch = rotary.branches(query, stored, jnp.asarray(place), None)[0]
+    scores = np.einsum('blhk,bmhk->lm', branch.query, branch.key)
+    plain = dataclasses.replace(rotary, amplitude=1.0)
+    # `apply_rotary_pos_emb` of the Llama model: cos and sin of doubled
+    # frequencies, multiplied by `attention_scaling`; the rest passes through.
+    angle = place[..., None] * yarn.frequencies(rotary_dim, BASE)
+    angle = np.concatenate([angle, angle], axis=-1)[:, :, None]
+    cos, sin = np.cos(angle) * mu, np.sin(angle) * mu
+    turned = []
+    for x in (np.asarray(query), np.asarray(key)):
+      part, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+      part = part * cos + rotate_half(part) * sin
+      turned.append(np.concatenate([part, rest], axis=-1))
+    np.testing.assert_allclose(
+      scores, np.einsum('blhk,bmhk->lm', *turned), rtol=1e-12, atol=1e-12
+    )
+    unscaled = np.einsum(
+      'blhk,bmhk->lm',
+      plain.store(query, jnp.asarray(place)),
+      plain.store(key, jnp.asarray(place)),
+    )
+    # The scale multiplies all coordinates: the same only if all are rotated.
+    multiplied = YaRNScale(4).multiplier(none_visible, 8) * unscaled
+    same = np.allclose(scores, multiplied, rtol=1e-12, atol=1e-12)
+    assert same == (rotary_dim == 8)
+
+
 def test_yarn_scale_multiplies_with_the_usual_one():
   scale = InverseSqrt() * YaRNScale(4)
   np.testing.assert_allclose(
@@ -290,6 +348,7 @@ def test_yarn_scale_multiplies_with_the_usual_one():
       'mscale > 0 or None, got 0.0',
     ),
     (lambda: YaRNScale(4, attention_factor=-1.0), 'attention_factor > 0'),
+    (lambda: Rotary(amplitude=0.0), 'finite amplitude > 0, got 0.0'),
     (lambda: rope_frequencies(7), 'even, positive number.*got 7'),
     (lambda: rope_frequencies(0), 'even, positive number.*got 0'),
     (lambda: rope_frequencies(8, 0.0), 'base > 0, got 0.0'),

@@ -11,13 +11,13 @@ import pytest
 from jaxformers.nn.mixers import Attention
 from jaxformers.ops import Causal
 from jaxformers.ops import Interpolation
+from jaxformers.ops import InverseSqrt
 from jaxformers.ops import LeakyReRoPE
-from jaxformers.ops import Mask
+from jaxformers.ops import LogLengthRetrofit
 from jaxformers.ops import NoMask
 from jaxformers.ops import NTKMixed
 from jaxformers.ops import ReRoPE
 from jaxformers.ops import Rotary
-from jaxformers.ops import Window
 from jaxformers.ops import attend
 
 B, T, H, G, K = 2, 12, 4, 2, 6
@@ -226,53 +226,6 @@ def test_gradients_equal_those_of_a_rotation_per_pair(slope, implementation):
   jax.tree.map(near, actual, expected)
 
 
-@dataclasses.dataclass(frozen=True)
-class Older(Mask):
-  """Lets a query see what is at least `size` positions before it."""
-
-  size: int
-
-  compares_positions = True
-  causal = True
-
-  def visible(self, query_position, key_position):
-    distance = query_position[:, :, None] - key_position[:, None, :]
-    return (distance >= self.size)[:, None]
-
-
-def merged(query, key, value, window):
-  """ReRoPE as two attentions, joined by their normalisers."""
-  options = dict(statistics=True, implementation='xla')
-  near_part = attend(
-    query, key, value, position=Rotary(), mask=Window(window), **options
-  )
-  far_query = Rotary().store(query, jnp.full((1, T), window))
-  far_part = attend(far_query, key, value, mask=Older(window), **options)
-  # Early queries have no far part; its normaliser is -inf, its weight 0.
-  is_far = np.arange(T)[:, None] >= window
-  far_log = jnp.where(is_far, far_part.log_normalizer, 0)
-  share = jax.nn.sigmoid(far_log - near_part.log_normalizer)
-  share = jnp.where(is_far, share, 0)[..., None]
-  return (1 - share) * near_part.out + share * far_part.out
-
-
-def test_two_masked_attentions_merged_are_the_same_with_gradients():
-  inputs = arrays()
-
-  def loss(function):
-    return lambda *inputs: jnp.sin(function(*inputs)).sum()
-
-  def selected(*inputs):
-    return attend(*inputs, position=ReRoPE(3), mask=Causal())
-
-  near(merged(*inputs, 3), selected(*inputs))
-  actual, expected = (
-    jax.jit(jax.grad(loss(f), argnums=(0, 1, 2)))(*inputs)
-    for f in (lambda *inputs: merged(*inputs, 3), selected)
-  )
-  jax.tree.map(near, actual, expected)
-
-
 @pytest.mark.parametrize(
   ('position', 'equal', 'tolerance'),
   [
@@ -314,6 +267,19 @@ def test_shifting_all_positions_changes_nothing(slope):
 
   near(out(1000), out(0), 1e-11)
   near(out(-7), out(0))
+
+
+@pytest.mark.parametrize('slope', [2.0, math.inf])
+def test_appended_tokens_change_no_earlier_row(slope):
+  @jax.jit
+  def out(*inputs):
+    scale = InverseSqrt() * LogLengthRetrofit(4)
+    return attend(
+      *inputs, position=scheme(3, slope), scale=scale, mask=Causal()
+    )
+
+  short = out(*(x[:, :7] for x in arrays()))
+  near(out(*arrays())[:, :7], short)
 
 
 def test_far_keys_have_no_order():

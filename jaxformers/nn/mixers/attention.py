@@ -11,6 +11,7 @@ from jaxformers.nn.init import Initializer
 from jaxformers.nn.init import VarianceScaling
 from jaxformers.nn.linear import Linear
 from jaxformers.nn.mixers.base import require_causal
+from jaxformers.nn.mixers.base import sow_attention
 from jaxformers.ops import segments
 from jaxformers.ops.attention import Implementation
 from jaxformers.ops.attention import attend
@@ -159,17 +160,17 @@ class Attention(nn.Module):
     return part
 
   def _attend(self, query, key, value, mask, **positions):
-    return attend(
-      query,
-      key,
-      value,
-      mask=mask,
-      position=self.position,
-      scale=self._given(self.scale, 'score'),
-      bias=self._given(self.bias, 'score_bias'),
-      kind=self.kind,
-      implementation=self.implementation,
+    options = {
+      'mask': mask,
+      'position': self.position,
+      'scale': self._given(self.scale, 'score'),
+      'bias': self._given(self.bias, 'score_bias'),
+      'kind': self.kind,
       **positions,
+    }
+    sow_attention(self, query, key, **options)
+    return attend(
+      query, key, value, implementation=self.implementation, **options
     )
 
   def _attend_alone(self, query, key, value, segments_BL):

@@ -2,11 +2,13 @@
 
 from typing import Any, Protocol, runtime_checkable
 
+import flax.linen as nn
 from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from jaxformers.ops import segments
+from jaxformers.ops.attention_diagnostics import attention_diagnostics
 
 State = Any
 """A pytree of arrays whose leading axis is the batch; what it holds is the
@@ -24,8 +26,8 @@ class Mixer(Protocol):
   state.
 
   Side outputs go through `self.sow` into the collections `losses` (scalars to
-  be minimised) and `diagnostics`; statistics that change while training live in
-  the collection `statistics`.
+  be minimised) and `diagnostics` (`sow_attention`); statistics that change while
+  training live in the collection `statistics`.
   """
 
   @property
@@ -123,3 +125,27 @@ def head_width(num_heads: int, head_dim: int | None, width: int) -> int:
       'num_heads that divides it, or set head_dim.'
     )
   return head_dim or width // num_heads
+
+
+def sow_attention(
+  mixer: nn.Module,
+  query_BLHK: Float[Array, 'B L H K'],
+  key_BMGK: Float[Array, 'B M G K'],
+  **options: Any,
+) -> None:
+  """Leaves measures of the mixer's attention, if anyone asked for them.
+
+  They go to the collection `diagnostics`, named `attention`. Nothing is computed
+  unless that collection is mutable, as it is under
+  `jaxformers.diagnostics.attention_report`.
+
+  Args:
+    mixer: a bound module.
+    query_BLHK: as for `jaxformers.ops.attend`.
+    key_BMGK: as for `jaxformers.ops.attend`.
+    **options: as for `jaxformers.ops.attention_diagnostics`.
+  """
+  asked = mixer.is_mutable_collection('diagnostics')
+  if asked and not mixer.is_initializing():
+    measures = attention_diagnostics(query_BLHK, key_BMGK, **options)
+    mixer.sow('diagnostics', 'attention', measures)
