@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture.
+"""The loss curve of a run and the result of a study as pictures.
 
 Every figure of the project takes its size, fonts and colours from here.
 """
@@ -6,11 +6,14 @@ Every figure of the project takes its size, fonts and colours from here.
 from collections.abc import Mapping, Sequence
 import math
 import os
+import textwrap
 from typing import Any
 
 import numpy as np
 
 from jaxformers.train.metrics import read_metrics
+from jaxformers.train.study import Results
+from jaxformers.train.study import Study
 
 SIZE = (1200, 750)  # pixels
 DPI = 150
@@ -24,6 +27,8 @@ COLOURS = {
   'text': '#222222',
   'grid': '#e4e4e4',
 }
+# For what is compared, in this order; grey is for baselines.
+PALETTE = ('#2a6fbb', '#d1495b', '#3a8f5c', '#e09f3e', '#7b5ea7', '#2a9d9d')
 _SMOOTHED_PARTS = 60  # the window of the smooth curve is the run over this
 _SHOWN_QUANTILE = 0.97
 
@@ -74,6 +79,72 @@ def plot_loss(
   if tokens_per_step:
     _add_tokens(axes, tokens_per_step)
   figure.savefig(figure_path, format='png', dpi=DPI)
+
+
+def draw_study(
+  study: Study, results: Results, figure_path: str | os.PathLike[str]
+) -> None:
+  """Draws the result of a study into a PNG of 1200 x 750 pixels.
+
+  Args:
+    study: draws; its claim stands above.
+    results: what it draws.
+    figure_path: the PNG to write.
+  """
+  import matplotlib
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  with matplotlib.rc_context(_style()):
+    size = [pixels / DPI for pixels in SIZE]
+    figure = Figure(size, DPI, facecolor='white', layout='constrained')
+    FigureCanvasAgg(figure)
+    title = textwrap.fill(study.claim, 84)
+    figure.suptitle(title, x=0.01, ha='left', fontsize=TITLE_SIZE - 1)
+    study.draw(results, figure)
+    figure.savefig(figure_path, format='png', dpi=DPI)
+
+
+def plot_band(axes: Any, x: Any, y: Any, **style: Any) -> None:
+  """Draws the mean over seeds as a line, and their range as a band.
+
+  Args:
+    axes: where to.
+    x: `[N]`.
+    y: `[seeds, N]`, as `Results.values` gives it; nan leaves gaps.
+    **style: of the line, such as `label` and `color`.
+  """
+  y = np.asarray(y)
+  (line,) = axes.plot(x, y.mean(axis=0), **style)
+  if len(y) > 1:
+    low, high = y.min(axis=0), y.max(axis=0)
+    colour = line.get_color()
+    axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _style() -> dict[str, Any]:
+  """Returns the style of the project as matplotlib's settings."""
+  from cycler import cycler
+
+  return {
+    'font.family': FONT,
+    'font.size': FONT_SIZE,
+    'text.color': COLOURS['text'],
+    'axes.labelcolor': COLOURS['text'],
+    'axes.titlesize': FONT_SIZE,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.grid': True,
+    'axes.axisbelow': True,
+    'axes.prop_cycle': cycler(color=PALETTE),
+    'grid.color': COLOURS['grid'],
+    'grid.linewidth': 0.8,
+    'xtick.labelsize': FONT_SIZE - 1,
+    'ytick.labelsize': FONT_SIZE - 1,
+    'legend.fontsize': FONT_SIZE - 1,
+    'legend.frameon': False,
+    'lines.linewidth': 1.8,
+  }
 
 
 def _curves(lines: Sequence[Mapping[str, Any]]) -> tuple[Any, Any, str]:
