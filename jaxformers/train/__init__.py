@@ -7,8 +7,8 @@ from jaxformers.train.loop import train
 from jaxformers.train.objective import Losses
 from jaxformers.train.objective import NextToken
 from jaxformers.train.objective import Objective
-from jaxformers.train.reproduce import Report
-from jaxformers.train.reproduce import read_report
+from jaxformers.train.report import Report
+from jaxformers.train.report import read_report
 from jaxformers.train.reproduce import reproduce
 from jaxformers.train.run import Run
 from jaxformers.train.run import open_run

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxformers.train.metrics import read_metrics
-from jaxformers.train.study import Results
-from jaxformers.train.study import Study
+from jaxformers.train.report import Report
 
 SIZE = (1200, 750)  # pixels
 DPI = 150
@@ -31,6 +30,7 @@ COLOURS = {
 PALETTE = ('#2a6fbb', '#d1495b', '#3a8f5c', '#e09f3e', '#7b5ea7', '#2a9d9d')
 _SMOOTHED_PARTS = 60  # the window of the smooth curve is the run over this
 _SHOWN_QUANTILE = 0.97
+_HEADING_WIDTH = 88  # letters
 
 
 def plot_loss(
@@ -81,14 +81,13 @@ def plot_loss(
   figure.savefig(figure_path, format='png', dpi=DPI)
 
 
-def draw_study(
-  study: Study, results: Results, figure_path: str | os.PathLike[str]
-) -> None:
+def draw_study(report: Report, figure_path: str | os.PathLike[str]) -> None:
   """Draws the result of a study into a PNG of 1200 x 750 pixels.
 
+  Claim and verdict stand above what the study draws.
+
   Args:
-    study: draws; its claim stands above.
-    results: what it draws.
+    report: what came of the study.
     figure_path: the PNG to write.
   """
   import matplotlib
@@ -99,10 +98,17 @@ def draw_study(
     size = [pixels / DPI for pixels in SIZE]
     figure = Figure(size, DPI, facecolor='white', layout='constrained')
     FigureCanvasAgg(figure)
-    title = textwrap.fill(study.claim, 84)
-    figure.suptitle(title, x=0.01, ha='left', fontsize=TITLE_SIZE - 1)
-    study.draw(results, figure)
+    report.study.draw(report.results, figure)
+    style = {'x': 0.01, 'ha': 'left', 'fontsize': TITLE_SIZE - 1}
+    figure.suptitle(_heading(report), **style)
     figure.savefig(figure_path, format='png', dpi=DPI)
+
+
+def _heading(report: Report) -> str:
+  count = len(report.results.seeds)
+  seeds = f'{count} seed{"s" * (count > 1)}'
+  claim = textwrap.fill(report.study.claim, _HEADING_WIDTH)
+  return f'{claim}\n{report.verdict}, {seeds}'
 
 
 def plot_band(axes: Any, x: Any, y: Any, **style: Any) -> None:

@@ -95,15 +95,20 @@ class Workspace:
   they measure share them, and a study that was killed goes on from the last
   checkpoint.
 
-  Attributes:
-    path: a directory for files of the study's own; exists.
+  Args:
+    directory: of the study.
   """
 
   def __init__(self, directory: StudyDirectory):
-    self.path = directory.path / 'files'
-    self.path.mkdir(exist_ok=True)
     self._directory = directory
     self._runs: dict[str, Run] = {}  # opened, for the variants that follow
+
+  @property
+  def path(self) -> pathlib.Path:
+    """A directory for files of the study's own."""
+    path = self._directory.path / 'files'
+    path.mkdir(exist_ok=True)
+    return path
 
   def train(self, experiment: Experiment) -> Run:
     """Trains an experiment, or gives the run that was trained before.
