@@ -123,14 +123,14 @@ class EntropyVersusLength(Study):
     for axes, variant in zip(panels, results.variants, strict=True):
       for colour, sigma in zip(PALETTE, self.sigmas, strict=False):
         curves = results.values(variant, _curve(sigma))
-        style = {'color': colour, 'label': f'sigma = {sigma:g}', 'marker': '.'}
+        style = {'color': colour, 'label': f'$\\sigma$ = {sigma:g}', 'marker': '.'}
         plot_band(axes, self.lengths, curves, **style)
       axes.set_xscale('log', base=2)
       axes.set_xticks(self.lengths, self.lengths, rotation=45)
       axes.set_title(variant)
       axes.set_xlabel('number of keys n')
     style = {'color': COLOURS['baseline'], 'linestyle': '--'}
-    limit = f'log n - sigma^2/2,\nsigma = {self.sigmas[0]:g}'
+    limit = f'log n - $\\sigma^2$ / 2\nat $\\sigma$ = {self.sigmas[0]:g}'
     panels[0].plot(
       self.lengths, self._limit(self.sigmas[0]), label=limit, **style
     )

@@ -30,7 +30,7 @@ COLOURS = {
 PALETTE = ('#2a6fbb', '#d1495b', '#3a8f5c', '#e09f3e', '#7b5ea7', '#2a9d9d')
 _SMOOTHED_PARTS = 60  # the window of the smooth curve is the run over this
 _SHOWN_QUANTILE = 0.97
-_HEADING_WIDTH = 88  # letters
+_HEADING_WIDTH = 82  # letters
 
 
 def plot_loss(
@@ -98,17 +98,26 @@ def draw_study(report: Report, figure_path: str | os.PathLike[str]) -> None:
     size = [pixels / DPI for pixels in SIZE]
     figure = Figure(size, DPI, facecolor='white', layout='constrained')
     FigureCanvasAgg(figure)
-    report.study.draw(report.results, figure)
-    style = {'x': 0.01, 'ha': 'left', 'fontsize': TITLE_SIZE - 1}
-    figure.suptitle(_heading(report), **style)
+    claim = textwrap.wrap(report.study.claim, _HEADING_WIDTH)
+    height = 0.05 * len(claim) + 0.06
+    top, bottom = figure.subfigures(2, 1, height_ratios=(height, 1 - height))
+    _write_heading(top, '\n'.join(claim), _summary(report))
+    report.study.draw(report.results, bottom)
     figure.savefig(figure_path, format='png', dpi=DPI)
 
 
-def _heading(report: Report) -> str:
+def _write_heading(part: Any, claim: str, summary: str) -> None:
+  part.text(0.01, 0.9, claim, fontsize=TITLE_SIZE, va='top')
+  part.text(0.01, 0.1, summary, color=COLOURS['baseline'], va='bottom')
+
+
+def _summary(report: Report) -> str:
+  held = sum(judgement.holds for judgement in report.judgements)
   count = len(report.results.seeds)
-  seeds = f'{count} seed{"s" * (count > 1)}'
-  claim = textwrap.fill(report.study.claim, _HEADING_WIDTH)
-  return f'{claim}\n{report.verdict}, {seeds}'
+  return (
+    f'{report.verdict}: {held} of {len(report.judgements)} criteria hold; '
+    f'{count} seed{"s" * (count > 1)}'
+  )
 
 
 def plot_band(axes: Any, x: Any, y: Any, **style: Any) -> None:

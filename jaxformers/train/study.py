@@ -16,7 +16,7 @@ import numpy as np
 from jaxformers.train.record import nearest
 
 if TYPE_CHECKING:  # importing a study loads neither of them
-  from matplotlib.figure import Figure
+  from matplotlib.figure import FigureBase
 
   from jaxformers.train.workspace import Workspace
 
@@ -72,13 +72,13 @@ class Study(abc.ABC):
     """
 
   @abc.abstractmethod
-  def draw(self, results: 'Results', figure: 'Figure') -> None:
+  def draw(self, results: 'Results', figure: 'FigureBase') -> None:
     """Draws the measurements, from them alone.
 
     Args:
       results: all measurements.
-      figure: empty, in the style of the project, with the claim above. It lays
-        itself out: `figure.subplots()` gives axes, and
+      figure: empty, in the style of the project, below claim and verdict. It
+        lays itself out: `figure.subplots()` gives axes, and
         `figure.legend(loc='outside right upper')` a legend beside them.
     """
 
