@@ -120,13 +120,23 @@ NO_SOURCE = {
   'Segments', 'Window', 'Attended', 'Block', 'Linear', 'Stack', 'TokenLosses',
   'Mixer', 'AttentionState', 'Constant', 'FromOptax', 'LanguageModelState',
   'LinearAttended', 'LinearAttentionState', 'LinearMemory', 'Recurred',
-  'Reread', 'RetentionState', 'TokenLayer',
+  'Reread', 'RetentionState', 'TokenLayer', 'AggregateState', 'GramWeighting',
+  'Multitask', 'Scalarizer', 'StackedCombination', 'Stateless',
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
   'package',
-  ['ops', 'nn', 'nn.mixers', 'optim', 'losses', 'models', 'diagnostics'],
+  [
+    'ops',
+    'nn',
+    'nn.mixers',
+    'optim',
+    'optim.tasks',
+    'losses',
+    'models',
+    'diagnostics',
+  ],  # fmt: skip
 )
 def test_public_parts_name_their_source(package):
   for name, value in public_symbols(package):

@@ -53,7 +53,9 @@ from jaxformers.ops.frequencies import YaRN
 from jaxformers.ops.frequencies import YaRNScale
 from jaxformers.ops.frequencies import rope_frequencies
 from jaxformers.ops.gram import combine
+from jaxformers.ops.gram import cosines
 from jaxformers.ops.gram import gram
+from jaxformers.ops.gram import task_norms
 from jaxformers.ops.kinds import Additive
 from jaxformers.ops.kinds import Identity
 from jaxformers.ops.kinds import Softmax
@@ -124,8 +126,12 @@ from jaxformers.ops.task_losses import dwa_weights
 from jaxformers.ops.task_losses import gradnorm_loss
 from jaxformers.ops.task_losses import gradnorm_weights
 from jaxformers.ops.task_losses import imtl_l_loss
+from jaxformers.ops.task_losses import initial_cross_entropy
+from jaxformers.ops.task_losses import initial_squared_error
 from jaxformers.ops.task_losses import power_mean
 from jaxformers.ops.task_losses import power_mean_weights
+from jaxformers.ops.task_losses import prior_cross_entropy
+from jaxformers.ops.task_losses import prior_squared_error
 from jaxformers.ops.task_losses import uncertainty_loss
 from jaxformers.ops.tree import leaf_keys
 from jaxformers.ops.tree import top_fraction_threshold

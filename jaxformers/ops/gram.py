@@ -68,3 +68,35 @@ def combine(stacked: Any, weights_T: Float[Array, ' T']) -> Any:
     return jnp.sum(jnp.where(weight == 0, 0, weight * g), 0).astype(g.dtype)
 
   return jax.tree.map(leaf, stacked)
+
+
+def cosines(gram_TT: Float[Array, 'T T']) -> Float[Array, 'T T']:
+  r"""Computes $K_{ij} / \sqrt{K_{ii} K_{jj}}$; 0 beside vectors of norm zero.
+
+  Source: none; the definition of the cosine between two vectors.
+
+  Args:
+    gram_TT: inner products.
+  """
+  norms_T = jnp.sqrt(jnp.maximum(jnp.diagonal(gram_TT), 0))
+  products_TT = norms_T[:, None] * norms_T
+  return jnp.where(
+    products_TT == 0, 0, gram_TT / jnp.where(products_TT == 0, 1, products_TT)
+  )
+
+
+def task_norms(stacked: Any) -> Float[Array, ' T']:
+  """Computes the norm of each of T trees stacked along a leading axis.
+
+  Source: none; the Euclidean norm, accumulated in at least float32.
+
+  Args:
+    stacked: tree whose leaves are `[T, ...]`.
+  """
+
+  def squares(g):
+    g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+    return jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim)))
+
+  total_T = sum(map(squares, jax.tree.leaves(stacked)), jnp.zeros([]))
+  return jnp.sqrt(total_T)

@@ -71,6 +71,52 @@ def power_mean_weights(
   return jnp.where(mask_T, weights_T, 0)
 
 
+def initial_cross_entropy(classes: int) -> float:
+  """Computes the cross entropy of a classifier that knows nothing, log K.
+
+  Source: Su Jianlin, "Multi-task learning (1): in the name of loss", 2022,
+  kexue.fm/archives/8870.
+
+  Args:
+    classes: K.
+  """
+  return math.log(classes)
+
+
+def prior_cross_entropy(frequencies_V: Float[Array, ' V']) -> Float[Array, '']:
+  r"""Computes the least cross entropy without input, $-\sum p \log p$.
+
+  Source: as `initial_cross_entropy`.
+
+  Args:
+    frequencies_V: of the classes; divided by their sum.
+  """
+  p_V = frequencies_V / frequencies_V.sum()
+  return -jax.scipy.special.xlogy(p_V, p_V).sum()
+
+
+def initial_squared_error(y_BD: Float[Array, 'B D']) -> Float[Array, '']:
+  r"""Computes the squared error of the prediction 0, $E \|y\|^2$.
+
+  Source: as `initial_cross_entropy`.
+
+  Args:
+    y_BD: targets.
+  """
+  return jnp.mean(jnp.sum(jnp.square(y_BD), axis=-1))
+
+
+def prior_squared_error(y_BD: Float[Array, 'B D']) -> Float[Array, '']:
+  r"""Computes the least squared error without input, $E \|y - E y\|^2$.
+
+  Source: as `initial_cross_entropy`.
+
+  Args:
+    y_BD: targets.
+  """
+  return initial_squared_error(y_BD - y_BD.mean(axis=0))
+
+
 def uncertainty_loss(
   losses_T: Float[Array, ' T'],
   log_variance_T: Float[Array, ' T'],

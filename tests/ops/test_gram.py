@@ -40,7 +40,7 @@ def test_all_inner_products_over_all_leaves():
 
 def test_a_metric_weighs_entries():
   tree, metric = stacked(), {k: 1 + x[0] ** 2 for k, x in stacked().items()}
-  weight = np.concatenate([np.ravel(x) for x in metric.values()])
+  weight = np.concatenate([np.ravel(x) for x in jax.tree.leaves(metric)])
   g = flat(tree)
   np.testing.assert_allclose(
     gram(tree, metric), (g * weight) @ g.T, rtol=1e-5, atol=1e-5
