@@ -19,6 +19,7 @@ class TrainState(NamedTuple):
     statistics: the other collections of variables, such as running averages.
     optimizer_state: state of the optax transformation.
     skipped: int32 `[]`, steps whose update was skipped as not finite.
+    tasks: state of what combines tasks; empty where nothing does.
   """
 
   step: Int[Array, '']
@@ -26,6 +27,7 @@ class TrainState(NamedTuple):
   statistics: Any
   optimizer_state: optax.OptState
   skipped: Int[Array, '']
+  tasks: Any = ()
 
   @property
   def variables(self) -> dict[str, Any]:
