@@ -34,6 +34,12 @@ TOY_STUDIES = {
     'dot=(1.0,)', 'recommended=1.0', 'cosine=(10.0,)', 'keys=(16,)', 'width=8',
     'steps=2', 'batch_size=8',
   ),
+  'multiple_gradient_descent': ('steps=20',),
+  'multitask_text': (
+    'factors=(1.0,)', 'steps=1', 'width=8', 'length=64', 'batch_size=512',
+  ),
+  'primary_and_auxiliary': ('steps=10', 'noisy=40', 'clean=10'),
+  'task_loss_weighting': ('steps=10', 'rows=16'),
 }  # fmt: skip
 
 
@@ -144,6 +150,16 @@ def test_the_attention_benchmark_measures(monkeypatch):
   assert results['float32_16']['forward_speed_relative_to_jax'] > 0
   assert 0 < results['masks_1024']['window_256_relative_to_full']
   assert results['memory_growth'] < 5
+
+
+def test_the_multitask_benchmark_measures(monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT))
+  from experiments.benchmarks import multitask
+
+  results = multitask.measure(32, depth=2, batch=(2, 16), rounds=1)
+  for mode in ('gram_then_backward', 'stacked', 'sequential'):
+    assert results[f'{mode}_time_relative_to_one'] > 0
+    assert results[f'{mode}_memory_relative_to_one'] > 0
 
 
 def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
