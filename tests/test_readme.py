@@ -39,7 +39,7 @@ def test_shell_examples_parse():
     for block in blocks('sh')
     for line in re.findall(r'^jaxformers (?:.*\\\n)*.*$', block, re.MULTILINE)
   ]
-  assert len(commands) == 6
+  assert len(commands) == 7
   for command in commands:
     build_parser().parse_args(shlex.split(command)[1:])
 

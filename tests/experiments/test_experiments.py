@@ -105,6 +105,12 @@ def test_figures_are_drawn_from_results_alone(tmp_path, monkeypatch):
   assert is_png(tmp_path / f'{STUDIES[0].stem}.png')
 
 
+def test_the_page_of_the_studies_says_what_their_results_say():
+  figures = load(ROOT / 'scripts' / 'draw_figures.py')
+  page = (ROOT / 'docs' / 'studies.md').read_text()
+  assert page == figures.studies_page(), 'run scripts/draw_figures.py'
+
+
 @pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
 def test_an_experiment_says_what_it_expects(path):
   text = load(path).__doc__
