@@ -13,6 +13,7 @@ from jaxformers.data.ngram import ByteNgrams as ByteNgrams
 from jaxformers.data.ngram import ngram_bits_per_byte as ngram_bits_per_byte
 from jaxformers.data.prepared import Prepared as Prepared
 from jaxformers.data.prepared import RowSource as RowSource
+from jaxformers.data.repeated_blocks import RepeatedBlocks as RepeatedBlocks
 from jaxformers.data.rows import Arrangement as Arrangement
 from jaxformers.data.rows import Pack as Pack
 from jaxformers.data.rows import Rows as Rows
