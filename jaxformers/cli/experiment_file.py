@@ -1,4 +1,4 @@
-"""Loading a user's Python file, and the experiment that it defines."""
+"""Loading a user's Python file, and the experiment or study it defines."""
 
 import difflib
 import importlib.machinery
@@ -9,7 +9,7 @@ import traceback
 import types
 from typing import Any
 
-_EXAMPLE = 'def experiment() -> Experiment'
+_ARTICLES = {'experiment': 'an', 'study': 'a'}
 
 
 def load(path: pathlib.Path) -> types.ModuleType:
@@ -60,23 +60,45 @@ def experiment_of(module: types.ModuleType) -> Any:
   """
   from jaxformers.train.experiment import Experiment
 
-  function = getattr(module, 'experiment', None)
+  return _made(module, 'experiment', Experiment)
+
+
+def study_of(module: types.ModuleType) -> Any:
+  """Calls the function `study` of a loaded file.
+
+  Args:
+    module: From `load`.
+
+  Returns:
+    The `Study`.
+
+  Raises:
+    ValueError: See `experiment_of`.
+  """
+  from jaxformers.train.study import Study
+
+  return _made(module, 'study', Study)
+
+
+def _made(module: types.ModuleType, name: str, kind: type) -> Any:
+  """Calls a function without arguments that must return an object."""
+  function, article = getattr(module, name, None), _ARTICLES[name]
   if not callable(function):
     raise ValueError(
-      f'{module.__file__} has no function {_EXAMPLE}; define one that takes '
-      'no arguments.'
+      f'{module.__file__} has no function def {name}() -> {kind.__name__}; '
+      'define one that takes no arguments.'
     )
   try:
-    experiment = function()
+    made = function()
   except Exception as error:
     path = pathlib.Path(module.__file__)
     raise ValueError(_explain(error, path)) from error
-  if not isinstance(experiment, Experiment):
+  if not isinstance(made, kind):
     raise ValueError(
-      f'{module.__file__}: experiment() must return an Experiment, got '
-      f'{experiment!r:.60} ({type(experiment).__name__}).'
+      f'{module.__file__}: {name}() must return {article} {kind.__name__}, got '
+      f'{made!r:.60} ({type(made).__name__}).'
     )
-  return experiment
+  return made
 
 
 def check_exists(path: pathlib.Path) -> None:

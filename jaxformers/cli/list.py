@@ -9,19 +9,21 @@ import json
 import pathlib
 
 HELP = """\
-list runs, experiments, corpora or parts
-Without a word: the runs below ./runs and the experiments below ./experiments."""
+list runs, experiments, studies, corpora or parts
+Without a word: the runs below ./runs, and the experiments and studies below
+./experiments."""
 
 EPILOG = """\
 examples:
   jaxformers list
   jaxformers list runs           step, loss and held-out bits per byte
   jaxformers list experiments    files with a function experiment()
+  jaxformers list studies        files with a function study(), and verdicts
   jaxformers list corpora        texts by name, with their licences
   jaxformers list parts          every class that --set can name
 """
 
-_KINDS = ('runs', 'experiments', 'corpora', 'parts')
+_KINDS = ('runs', 'experiments', 'studies', 'corpora', 'parts')
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     metavar='|'.join(_KINDS),
     nargs='?',
     type=_kind,
-    help='what to list (default: runs and experiments)',
+    help='what to list (default: runs, experiments and studies)',
   )
 
 
@@ -50,6 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
     _print_table('runs', run_rows(here / 'runs'))
   if arguments.what in ('experiments', None):
     _print_table('experiments', experiment_rows(here / 'experiments'))
+  if arguments.what in ('studies', None):
+    _print_table('studies', study_rows(here / 'experiments'))
   if arguments.what == 'corpora':
     _print_table('corpora', corpus_rows())
   if arguments.what == 'parts':
@@ -84,8 +88,27 @@ def experiment_rows(folder: pathlib.Path) -> list[tuple[str, ...]]:
     Path and first line of the docstring of each.
   """
   files = sorted(folder.glob('**/*.py'))
-  rows = ((str(file), _claim(file)) for file in files)
+  rows = ((str(file), _claim(file, 'experiment')) for file in files)
   return [(path, claim) for path, claim in rows if claim is not None]
+
+
+def study_rows(folder: pathlib.Path) -> list[tuple[str, ...]]:
+  """Summarises the studies in a folder, without running them.
+
+  Args:
+    folder: Where they lie, at any depth; their results in `results` beside
+      them.
+
+  Returns:
+    Path, verdict of the result and first line of the docstring of each.
+  """
+  files = sorted(folder.glob('**/*.py'))
+  rows = ((file, _claim(file, 'study')) for file in files)
+  return [
+    (str(file), _verdict(file), claim)
+    for file, claim in rows
+    if claim is not None
+  ]
 
 
 def corpus_rows() -> list[tuple[str, ...]]:
@@ -155,14 +178,24 @@ def _json_lines(path: pathlib.Path) -> Iterator[dict]:
         yield value
 
 
-def _claim(file: pathlib.Path) -> str | None:
-  """Gives the first docstring line of an experiment file, None for others."""
+def _verdict(file: pathlib.Path) -> str:
+  """Gives the verdict of a study from its result."""
+  result = file.parent / 'results' / f'{file.stem}.json'
+  try:
+    return str(json.loads(result.read_text('utf-8'))['verdict'])
+  except (OSError, ValueError, LookupError, TypeError):
+    return '-'
+
+
+def _claim(file: pathlib.Path, function: str) -> str | None:
+  """Gives the first docstring line of a file with a function, else None."""
   try:
     tree = ast.parse(file.read_bytes())
   except (SyntaxError, ValueError) as error:
-    return f'(cannot be parsed: {error})'
+    broken = f'(cannot be parsed: {error})'
+    return broken if function == 'experiment' else None
   functions = (x.name for x in tree.body if isinstance(x, ast.FunctionDef))
-  if 'experiment' not in functions:
+  if function not in functions:
     return None
   return (ast.get_docstring(tree) or '(no docstring)').partition('\n')[0]
 

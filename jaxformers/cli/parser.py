@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import jaxformers
 from jaxformers.cli import evaluate
 from jaxformers.cli import list as listing
+from jaxformers.cli import reproduce
 from jaxformers.cli import sample
 from jaxformers.cli import train
 
@@ -17,7 +18,8 @@ Train, sample and evaluate models built from the parts of jaxformers.
 
 An experiment is a Python file with one function, `experiment()`, that returns
 the whole configuration as an object. Every value in it can be changed from the
-command line by its path."""
+command line by its path. A file with a function `study()` puts a claim to the
+test."""
 
 _EPILOG = """\
 first steps:
@@ -27,6 +29,7 @@ first steps:
   jaxformers train experiments/lm.py --set steps=50 --workdir runs/short
   jaxformers sample runs/lm --prompt 'In the beginning'
   jaxformers eval runs/lm
+  jaxformers reproduce experiments/attention_concentration.py
 
 exit status:
   0  done, or saved and left after SIGTERM (the same command resumes)
@@ -123,6 +126,7 @@ def build_parser() -> Parser:
   _add(commands, 'train', train)
   _add(commands, 'sample', sample)
   _add(commands, 'eval', evaluate)
+  _add(commands, 'reproduce', reproduce)
   _add(commands, 'list', listing)
   return root
 

@@ -7,7 +7,16 @@ from jaxformers.train.loop import train
 from jaxformers.train.objective import Losses
 from jaxformers.train.objective import NextToken
 from jaxformers.train.objective import Objective
+from jaxformers.train.report import Report
+from jaxformers.train.report import read_report
+from jaxformers.train.reproduce import reproduce
 from jaxformers.train.run import Run
 from jaxformers.train.run import open_run
 from jaxformers.train.sharding import MeshShape
 from jaxformers.train.state import TrainState
+from jaxformers.train.study import Judgement
+from jaxformers.train.study import Results
+from jaxformers.train.study import Study
+from jaxformers.train.study import above
+from jaxformers.train.study import below
+from jaxformers.train.workspace import Workspace

@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture.
+"""The loss curve of a run and the result of a study as pictures.
 
 Every figure of the project takes its size, fonts and colours from here.
 """
@@ -6,11 +6,13 @@ Every figure of the project takes its size, fonts and colours from here.
 from collections.abc import Mapping, Sequence
 import math
 import os
+import textwrap
 from typing import Any
 
 import numpy as np
 
 from jaxformers.train.metrics import read_metrics
+from jaxformers.train.report import Report
 
 SIZE = (1200, 750)  # pixels
 DPI = 150
@@ -24,8 +26,11 @@ COLOURS = {
   'text': '#222222',
   'grid': '#e4e4e4',
 }
+# For what is compared, in this order; grey is for baselines.
+PALETTE = ('#2a6fbb', '#d1495b', '#3a8f5c', '#e09f3e', '#7b5ea7', '#2a9d9d')
 _SMOOTHED_PARTS = 60  # the window of the smooth curve is the run over this
 _SHOWN_QUANTILE = 0.97
+_HEADING_WIDTH = 82  # letters
 
 
 def plot_loss(
@@ -74,6 +79,87 @@ def plot_loss(
   if tokens_per_step:
     _add_tokens(axes, tokens_per_step)
   figure.savefig(figure_path, format='png', dpi=DPI)
+
+
+def draw_study(report: Report, figure_path: str | os.PathLike[str]) -> None:
+  """Draws the result of a study into a PNG of 1200 x 750 pixels.
+
+  Claim and verdict stand above what the study draws.
+
+  Args:
+    report: what came of the study.
+    figure_path: the PNG to write.
+  """
+  import matplotlib
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  with matplotlib.rc_context(_style()):
+    size = [pixels / DPI for pixels in SIZE]
+    figure = Figure(size, DPI, facecolor='white', layout='constrained')
+    FigureCanvasAgg(figure)
+    claim = textwrap.wrap(report.study.claim, _HEADING_WIDTH)
+    height = 0.05 * len(claim) + 0.06
+    top, bottom = figure.subfigures(2, 1, height_ratios=(height, 1 - height))
+    _write_heading(top, '\n'.join(claim), _summary(report))
+    report.study.draw(report.results, bottom)
+    figure.savefig(figure_path, format='png', dpi=DPI)
+
+
+def _write_heading(part: Any, claim: str, summary: str) -> None:
+  part.text(0.01, 0.9, claim, fontsize=TITLE_SIZE, va='top')
+  part.text(0.01, 0.1, summary, color=COLOURS['baseline'], va='bottom')
+
+
+def _summary(report: Report) -> str:
+  held = sum(judgement.holds for judgement in report.judgements)
+  count = len(report.results.seeds)
+  return (
+    f'{report.verdict}: {held} of {len(report.judgements)} criteria hold; '
+    f'{count} seed{"s" * (count > 1)}'
+  )
+
+
+def plot_band(axes: Any, x: Any, y: Any, **style: Any) -> None:
+  """Draws the mean over seeds as a line, and their range as a band.
+
+  Args:
+    axes: where to.
+    x: `[N]`.
+    y: `[seeds, N]`, as `Results.values` gives it; nan leaves gaps.
+    **style: of the line, such as `label` and `color`.
+  """
+  y = np.asarray(y)
+  (line,) = axes.plot(x, y.mean(axis=0), **style)
+  if len(y) > 1:
+    low, high = y.min(axis=0), y.max(axis=0)
+    colour = line.get_color()
+    axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _style() -> dict[str, Any]:
+  """Returns the style of the project as matplotlib's settings."""
+  from cycler import cycler
+
+  return {
+    'font.family': FONT,
+    'font.size': FONT_SIZE,
+    'text.color': COLOURS['text'],
+    'axes.labelcolor': COLOURS['text'],
+    'axes.titlesize': FONT_SIZE,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.grid': True,
+    'axes.axisbelow': True,
+    'axes.prop_cycle': cycler(color=PALETTE),
+    'grid.color': COLOURS['grid'],
+    'grid.linewidth': 0.8,
+    'xtick.labelsize': FONT_SIZE - 1,
+    'ytick.labelsize': FONT_SIZE - 1,
+    'legend.fontsize': FONT_SIZE - 1,
+    'legend.frameon': False,
+    'lines.linewidth': 1.8,
+  }
 
 
 def _curves(lines: Sequence[Mapping[str, Any]]) -> tuple[Any, Any, str]:

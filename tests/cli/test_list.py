@@ -64,10 +64,28 @@ def test_experiments_show_their_claim_and_are_not_run(here, capsys):
   assert len(lines) == 4
 
 
-def test_without_a_word_runs_and_experiments_are_listed(here, capsys):
+def test_studies_show_the_verdict_of_their_result(here, capsys):
+  folder = here / 'experiments'
+  (folder / 'results').mkdir(parents=True)
+  for name in 'ab':
+    (folder / f'{name}.py').write_text('"""Claims it."""\ndef study(): ...\n')
+  verdict = {'verdict': 'not reproduced'}
+  (folder / 'results' / 'a.json').write_text(json.dumps(verdict))
+  assert main(['list', 'studies']) == 0
+  assert capsys.readouterr().out == (
+    'studies:\n'
+    '  experiments/a.py  not reproduced  Claims it.\n'
+    '  experiments/b.py  -               Claims it.\n'
+  )
+  assert listing.experiment_rows(folder) == []
+
+
+def test_without_a_word_runs_experiments_and_studies_are_listed(here, capsys):
   assert main(['list']) == 0
   out = capsys.readouterr().out
-  assert out.startswith('runs:\n  (none)\nexperiments:\n  (none)\nalso: ')
+  assert out.startswith(
+    'runs:\n  (none)\nexperiments:\n  (none)\nstudies:\n  (none)\nalso: '
+  )
 
 
 def test_corpora_show_description_and_licence(capsys):

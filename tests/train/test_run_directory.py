@@ -116,7 +116,7 @@ def test_a_missing_run_names_the_nearest(tmp_path):
   RunDirectory(tmp_path / 'kjv-deep').prepare(OLD)
   with pytest.raises(FileNotFoundError, match='did you mean .*/kjv-deep'):
     RunDirectory(tmp_path / 'kjv-dep').load()
-  with pytest.raises(FileNotFoundError, match='the runs in .* are kjv-deep'):
+  with pytest.raises(FileNotFoundError, match='in .* there are kjv-deep'):
     RunDirectory(tmp_path / 'other').load()
   with pytest.raises(FileNotFoundError, match='there are no runs in'):
     RunDirectory(tmp_path / 'x' / 'other').load()
@@ -136,7 +136,7 @@ def test_a_second_trainer_is_told_who_holds_the_directory(tmp_path):
   run = RunDirectory(tmp_path)
   other = RunDirectory(tmp_path).locked()
   with run.locked():
-    message = f'trained by pid {os.getpid()} on {socket.gethostname()}; wait'
+    message = f'in use by pid {os.getpid()} on {socket.gethostname()}; wait'
     with pytest.raises(BlockingIOError, match=message), other:
       pass
   with run.locked():
