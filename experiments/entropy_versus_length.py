@@ -123,7 +123,11 @@ class EntropyVersusLength(Study):
     for axes, variant in zip(panels, results.variants, strict=True):
       for colour, sigma in zip(PALETTE, self.sigmas, strict=False):
         curves = results.values(variant, _curve(sigma))
-        style = {'color': colour, 'label': f'$\\sigma$ = {sigma:g}', 'marker': '.'}
+        style = {
+          'color': colour,
+          'label': f'$\\sigma$ = {sigma:g}',
+          'marker': '.',
+        }
         plot_band(axes, self.lengths, curves, **style)
       axes.set_xscale('log', base=2)
       axes.set_xticks(self.lengths, self.lengths, rotation=45)
