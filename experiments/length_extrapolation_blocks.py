@@ -22,6 +22,7 @@ Time: not measured yet.
 
 from collections.abc import Iterator
 import dataclasses
+import math
 from typing import Any
 
 from jaxformers.data import RepeatedBlocks
@@ -58,6 +59,10 @@ from jaxformers.train.figure import COLOURS
 from jaxformers.train.figure import PALETTE
 
 INVERSE = 'inverse leaky ReRoPE'
+METHODS = (
+  'RoPE', 'PI', 'NTK old', 'NTK fixed', 'NTK mixed', 'NTK dynamic', 'YaRN',
+  'ReRoPE 1/4', 'ReRoPE 1/2', 'leaky ReRoPE 1/4', 'leaky ReRoPE 1/2', INVERSE,
+)  # fmt: skip
 SCALES = 'plain', 'retrofit', 'log n'
 
 
@@ -66,6 +71,8 @@ class LengthExtrapolationBlocks(Study):
   """Measures accuracies at the trained length and far beyond it.
 
   Attributes:
+    methods: those that are compared, some of `METHODS`; what is judged and not
+      measured does not hold.
     train_length: tokens per row in training, a multiple of 4.
     test_length: tokens per row beyond it.
     steps: of training.
@@ -80,38 +87,40 @@ class LengthExtrapolationBlocks(Study):
     'Su Jianlin, 2021 to 2023, kexue.fm/archives/8823, 9706, 9708, 9728; Peng '
     'et al., "YaRN", 2023, arXiv 2309.00071'
   )
+  methods: tuple[str, ...] = METHODS
   train_length: int = 64
   test_length: int = 512
   steps: int = 600
   heldout_rows: int = 128
 
-  def variants(self) -> tuple[str, ...]:
-    return (*self._methods(self.test_length), INVERSE)
+  def __post_init__(self):
+    if unknown := set(self.methods) - set(METHODS):
+      raise ValueError(f'methods has {unknown}; there are {METHODS}.')
 
-  def _methods(self, length: int) -> dict[str, tuple[Any, Any]]:
-    """Returns positions and scale of what reads rows of a length."""
-    known, scale = self.train_length, InverseSqrt()
-    factor = self.test_length / known
-    spectra = {
+  def variants(self) -> tuple[str, ...]:
+    return self.methods
+
+  def _reading(self, method: str, length: int) -> dict[str, Any]:
+    """Returns how attention reads rows of a length."""
+    known, factor = self.train_length, self.test_length / self.train_length
+    positions = {
       'RoPE': Rotary(),
       'PI': Rotary(spectrum=Interpolation(factor)),
       'NTK old': Rotary(spectrum=NTKOld(factor)),
       'NTK fixed': Rotary(spectrum=NTKFixed(factor)),
       'NTK mixed': Rotary(spectrum=NTKMixed(factor)),
       'NTK dynamic': Rotary(spectrum=DynamicNTK(1, known, length)),
-    }
-    windows = {
+      'YaRN': Rotary(spectrum=YaRN(factor, known)),
       'ReRoPE 1/4': ReRoPE(known // 4),
       'ReRoPE 1/2': ReRoPE(known // 2),
       'leaky ReRoPE 1/4': LeakyReRoPE(known // 4, slope=16),
       'leaky ReRoPE 1/2': LeakyReRoPE(known // 2, slope=16),
+      INVERSE: Rotary(),
     }
-    yarn = Rotary(spectrum=YaRN(factor, known)), scale * YaRNScale(factor)
-    return {
-      **{name: (position, scale) for name, position in spectra.items()},
-      'YaRN': yarn,
-      **{name: (position, scale) for name, position in windows.items()},
-    }
+    scale = InverseSqrt()
+    if method == 'YaRN':
+      scale *= YaRNScale(factor)
+    return {'position': positions[method], 'scale': scale}
 
   def measure(
     self, variant: str, seed: int, workspace: Workspace
@@ -134,24 +143,25 @@ class LengthExtrapolationBlocks(Study):
       for length in (self.train_length, self.test_length):
         yield scale, length
 
-  def _reader(self, variant: str, scale: str, length: int) -> LanguageModel:
+  def _reader(self, method: str, scale: str, length: int) -> LanguageModel:
     """Returns the model that is measured."""
-    method = 'RoPE' if variant == INVERSE else variant
-    position, base = self._methods(length)[method]
-    factors = {
-      'retrofit': LogLengthRetrofit(self.train_length),
-      'log n': LogLength(self.train_length),
-    }
-    return _model(position, base * factors[scale] if scale in factors else base)
+    reading = self._reading(method, length)
+    if scale == 'retrofit':
+      reading['scale'] *= LogLengthRetrofit(self.train_length)
+    elif scale == 'log n':
+      reading['scale'] *= LogLength(self.train_length)
+    return _model(**reading)
 
   def _experiment(self, variant: str, scale: str, seed: int) -> Experiment:
     """Returns what trains the model; methods and `retrofit` have no say."""
     position, factor = Rotary(), self.test_length / self.train_length
     if variant == INVERSE:
       position = LeakyReRoPE(self.train_length // 4, slope=1 / (2 * factor))
-    grown = InverseSqrt() * LogLength(self.train_length)
+    scales = InverseSqrt()
+    if scale == 'log n':
+      scales *= LogLength(self.train_length)
     return Experiment(
-      model=_model(position, grown if scale == 'log n' else InverseSqrt()),
+      model=_model(position=position, scale=scales),
       data=RepeatedBlocks(self.train_length, heldout_rows=self.heldout_rows),
       optimizer=AdamW(
         learning_rate=WarmupCosine(2e-3, warmup_steps=50, final_fraction=0),
@@ -169,40 +179,40 @@ class LengthExtrapolationBlocks(Study):
     )
 
   def judge(self, results: Results) -> list[Judgement]:
-    def far(variant, scale='plain'):
-      return results.mean(variant, _name(scale, self.test_length))
+    def at(length, method, scale):
+      if method not in results.variants:
+        return math.nan
+      return results.mean(method, _name(scale, length))
 
-    def near(variant, scale='plain'):
-      return results.mean(variant, _name(scale, self.train_length))
+    def near(method, scale='plain'):
+      return at(self.train_length, method, scale)
 
-    def gain(what, seen, relation, bound):
-      return Judgement(f'accuracy at {what}', seen, relation, bound)
+    def far(method, scale='plain'):
+      return at(self.test_length, method, scale)
 
-    n, many = self.train_length, self.test_length
-    best = far('ReRoPE 1/2', 'retrofit')
-    changes = [abs(near(v, 'retrofit') - near(v)) for v in results.variants]
+    retrofit = [abs(near(m, 'retrofit') - near(m)) for m in results.variants]
+    best, rope = far('ReRoPE 1/2', 'retrofit'), far('RoPE', 'retrofit')
     turned = abs(near('ReRoPE 1/2', 'retrofit') - near('RoPE'))
+    inverse = far(INVERSE) - far('RoPE')
+    before = f'accuracy at {self.train_length}'
+    beyond = f'accuracy at {self.test_length}'
     return [
-      gain(
-        f'{many}, RoPE, gain by retrofit',
-        far('RoPE', 'retrofit') - far('RoPE'),
-        '>=',
-        0.08,
+      Judgement(
+        f'{beyond}: RoPE, gain by retrofit', rope - far('RoPE'), '>=', 0.08
       ),
-      gain(f'{n}, largest change by retrofit', max(changes), '<=', 0),
-      gain(f'{many}, YaRN less RoPE', far('YaRN') - far('RoPE'), '>=', 0.25),
-      gain(f'{n}, PI', near('PI'), '<=', 0.5),
-      gain(f'{many}, ReRoPE 1/2 with retrofit', best, '>=', 0.85),
-      gain(
-        f'{many}, the same less RoPE with retrofit',
-        best - far('RoPE', 'retrofit'),
-        '>=',
-        0.3,
+      Judgement(
+        f'{before}: largest change by retrofit', max(retrofit), '<=', 0
       ),
-      gain(f'{n}, the same, distance from RoPE', turned, '<=', 0.02),
-      gain(
-        f'{many}, {INVERSE} less RoPE', far(INVERSE) - far('RoPE'), '>=', 0.25
+      Judgement(
+        f'{beyond}: YaRN less RoPE', far('YaRN') - far('RoPE'), '>=', 0.25
       ),
+      Judgement(f'{before}: PI', near('PI'), '<=', 0.5),
+      Judgement(f'{beyond}: ReRoPE 1/2 with retrofit', best, '>=', 0.85),
+      Judgement(
+        f'{beyond}: that less RoPE with retrofit', best - rope, '>=', 0.3
+      ),
+      Judgement(f'{before}: its distance from RoPE', turned, '<=', 0.02),
+      Judgement(f'{beyond}: {INVERSE} less RoPE', inverse, '>=', 0.25),
     ]
 
   def draw(self, results: Results, figure: Any) -> None:
@@ -237,8 +247,8 @@ class LengthExtrapolationBlocks(Study):
     figure.legend(loc='outside right upper')
 
 
-def _model(position: Any, scale: Any) -> LanguageModel:
-  mixer = Attention(num_heads=2, position=position, scale=scale)
+def _model(**reading: Any) -> LanguageModel:
+  mixer = Attention(num_heads=2, **reading)
   block = Block(mixer=mixer, feedforward=FeedForward(hidden=256))
   return LanguageModel(
     vocab_size=32,

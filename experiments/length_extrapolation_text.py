@@ -23,6 +23,7 @@ Time: not measured yet.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from jaxformers.nn import Block
 from jaxformers.nn import FeedForward
 from jaxformers.nn import Stack
 from jaxformers.nn.mixers import Attention
+from jaxformers.ops import Causal
 from jaxformers.ops import DynamicNTK
 from jaxformers.ops import Interpolation
 from jaxformers.ops import InverseSqrt
@@ -60,7 +62,8 @@ from jaxformers.train.figure import plot_band
 
 SCALES = 'plain', 'retrofit'
 WINDOWED = 'windowed RoPE'
-STYLES = {
+# What is compared, and how it is drawn.
+METHODS = {
   'RoPE': (COLOURS['text'], '-'),
   WINDOWED: (COLOURS['baseline'], '--'),
   'PI': (PALETTE[3], '-'),
@@ -78,6 +81,8 @@ class LengthExtrapolationText(Study):
   """Measures bits per byte of the same bytes after ever more context.
 
   Attributes:
+    methods: those that are compared, some of `METHODS`; what is judged and not
+      measured does not hold.
     data: the text; its length is that of the rows in training.
     times: lengths of what is read, as multiples of it, in increasing order
       from 1.
@@ -95,6 +100,7 @@ class LengthExtrapolationText(Study):
     'Su Jianlin, "ReRoPE", 2023, kexue.fm/archives/9708; NTK-RoPE: '
     'kexue.fm/archives/9706; Peng et al., "YaRN", 2023, arXiv 2309.00071'
   )
+  methods: tuple[str, ...] = tuple(METHODS)
   data: TextData = TextData(length=64)
   times: tuple[int, ...] = (1, 2, 4, 8)
   width: int = 128
@@ -102,11 +108,15 @@ class LengthExtrapolationText(Study):
   steps: int = 1000
   windows: int = 96
 
-  def variants(self) -> tuple[str, ...]:
-    return tuple(self._methods(self.data.length))
+  def __post_init__(self):
+    if unknown := set(self.methods) - set(METHODS):
+      raise ValueError(f'methods has {unknown}; there are {tuple(METHODS)}.')
 
-  def _methods(self, length: int) -> dict[str, dict[str, Any]]:
-    """Returns what attention is made of to read rows of a length."""
+  def variants(self) -> tuple[str, ...]:
+    return self.methods
+
+  def _reading(self, method: str, length: int) -> dict[str, Any]:
+    """Returns how attention reads rows of a length."""
     known, factor = self.data.length, self.times[-1]
     positions = {
       'RoPE': Rotary(),
@@ -119,13 +129,11 @@ class LengthExtrapolationText(Study):
       'ReRoPE 1/2': ReRoPE(known // 2),
       'leaky ReRoPE 1/4': LeakyReRoPE(known // 4, slope=16),
     }
-    methods = {
-      name: {'position': position, 'scale': InverseSqrt()}
-      for name, position in positions.items()
-    }
-    methods[WINDOWED]['mask'] = Window(known)
-    methods['YaRN']['scale'] *= YaRNScale(factor)
-    return methods
+    scale = InverseSqrt()
+    if method == 'YaRN':
+      scale *= YaRNScale(factor)
+    mask = Window(known) if method == WINDOWED else Causal()
+    return {'position': positions[method], 'scale': scale, 'mask': mask}
 
   def measure(
     self, variant: str, seed: int, workspace: Workspace
@@ -135,11 +143,11 @@ class LengthExtrapolationText(Study):
     measured = {}
     for scale in SCALES:
       for length in self._lengths():
-        method = self._methods(length)[variant]
+        reading = self._reading(variant, length)
         if scale == 'retrofit':
-          method['scale'] *= LogLengthRetrofit(self.data.length)
+          reading['scale'] *= LogLengthRetrofit(self.data.length)
         found = evaluate_last_tokens(
-          self._model(**method),
+          self._model(**reading),
           run.variables,
           [{k: v[-length:] for k, v in row.items()} for row in rows],
           self.data.length,
@@ -172,8 +180,8 @@ class LengthExtrapolationText(Study):
       preview=None,
     )
 
-  def _model(self, **method: Any) -> LanguageModel:
-    mixer = Attention(num_heads=4, **method)
+  def _model(self, **reading: Any) -> LanguageModel:
+    mixer = Attention(num_heads=4, **reading)
     feedforward = FeedForward(4 * self.width, activation='squared_relu')
     block = Block(mixer=mixer, feedforward=feedforward)
     return LanguageModel(
@@ -185,24 +193,31 @@ class LengthExtrapolationText(Study):
   def judge(self, results: Results) -> list[Judgement]:
     short, long = self._lengths()[0], self._lengths()[-1]
 
-    def far(variant, scale='plain'):
-      return results.mean(variant, _name(scale, long))
+    def at(length, method, scale):
+      if method not in results.variants:
+        return math.nan
+      return results.mean(method, _name(scale, length))
+
+    def far(method, scale='plain'):
+      return at(long, method, scale)
 
     best = far('ReRoPE 1/2', 'retrofit')
-    gain = best - results.mean('ReRoPE 1/2', _name('retrofit', short))
-    ntk, at = far('NTK mixed'), f'bits per byte at {long}'
+    gain = best - at(short, 'ReRoPE 1/2', 'retrofit')
+    ntk, bits = far('NTK mixed'), f'bits per byte at {long}'
     return [
       above(
-        f'{at}, RoPE, less those at {short}',
-        far('RoPE') - results.mean('RoPE', _name('plain', short)),
+        f'{bits}: RoPE, less those at {short}',
+        far('RoPE') - at(short, 'RoPE', 'plain'),
         0.1,
       ),
-      below(f'{at}, ReRoPE 1/2 with retrofit, less those at {short}', gain, 0),
-      below(f'{at}, the same less windowed RoPE', best - far(WINDOWED), 0),
-      above(f'{at}, NTK mixed less ReRoPE 1/2', ntk - far('ReRoPE 1/2'), 0),
-      above(f'{at}, RoPE less NTK mixed', far('RoPE') - ntk, 0),
+      below(
+        f'{bits}: ReRoPE 1/2 with retrofit, less those at {short}', gain, 0
+      ),
+      below(f'{bits}: the same less windowed RoPE', best - far(WINDOWED), 0),
+      above(f'{bits}: NTK mixed less ReRoPE 1/2', ntk - far('ReRoPE 1/2'), 0),
+      above(f'{bits}: RoPE less NTK mixed', far('RoPE') - ntk, 0),
       above(
-        f'{at}, NTK mixed less the same with retrofit',
+        f'{bits}: NTK mixed less the same with retrofit',
         ntk - far('NTK mixed', 'retrofit'),
         0,
       ),
@@ -216,7 +231,7 @@ class LengthExtrapolationText(Study):
         curves = np.stack(
           [results.values(variant, _name(scale, n)) for n in lengths], axis=1
         )
-        colour, line = STYLES[variant]
+        colour, line = METHODS[variant]
         style = {'color': colour, 'linestyle': line, 'marker': '.'}
         plot_band(axes, lengths, curves, label=variant, **style)
       axes.set_xscale('log', base=2)
