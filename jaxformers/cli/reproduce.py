@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
   if arguments.show:
     print(*record.tree(record.to_record(study)), sep='\n')
     return
-  from jaxformers.train.reproduce import reproduce
+  from jaxformers.train.reproduction import reproduce
 
   name = arguments.file.stem
   workdir = arguments.workdir or pathlib.Path('runs') / 'studies' / name

@@ -11,7 +11,7 @@ from jaxformers.train.objective import NextToken
 from jaxformers.train.objective import Objective
 from jaxformers.train.report import Report
 from jaxformers.train.report import read_report
-from jaxformers.train.reproduce import reproduce
+from jaxformers.train.reproduction import reproduce
 from jaxformers.train.run import Run
 from jaxformers.train.run import open_run
 from jaxformers.train.sharding import MeshShape

@@ -211,10 +211,11 @@ def _opening(program: Program, directory: RunDirectory, first: int) -> str:
     for split, word in (('train', 'to train on'), ('heldout', 'held out'))
     if f'{split}_tokens' in facts
   )
+  name = facts.get('corpus', type(experiment.data).__name__)
   lines = [
     f'{type(experiment.model).__name__}: {count:,} parameters on '
     f'{program.mesh.size} x {kind}',
-    f'data: {facts.get("corpus", type(experiment.data).__name__)}; {corpus}',
+    f'data: {"; ".join(filter(None, (name, corpus)))}',
     f'run:  {directory.path} (steps {first + 1} to {experiment.steps})',
   ]
   if first >= experiment.steps:

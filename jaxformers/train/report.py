@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -143,10 +144,12 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _cell(results: Results, variant: str, name: str) -> str:
-  mean = f'{results.mean(variant, name):.4g}'
+  mean = results.mean(variant, name)
+  if math.isnan(mean):
+    return '-'
   if len(results.seeds) == 1:
-    return mean
-  return f'{mean} ± {results.spread(variant, name):.2g}'
+    return f'{mean:.4g}'
+  return f'{mean:.4g} ± {results.spread(variant, name):.2g}'
 
 
 def _json(value: Any, indent: str = '') -> str:

@@ -114,7 +114,8 @@ class Workspace:
     """Trains an experiment, or gives the run that was trained before.
 
     Args:
-      experiment: what to train; with `preview=None` nothing is sampled.
+      experiment: what to train, with the seed of the measurement; with
+        `preview=None` nothing is sampled.
 
     Raises:
       RunFailed: if a loss is not finite, or a checkpoint cannot be written.

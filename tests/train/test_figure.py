@@ -11,6 +11,9 @@ from jaxformers.train import figure as figures
 from jaxformers.train.figure import plot_loss
 from jaxformers.train.figure import smooth
 from jaxformers.train.metrics import MetricsLog
+from jaxformers.train.report import Report
+from jaxformers.train.study import Judgement
+from jaxformers.train.study import Results
 
 STEPS = 400
 
@@ -168,3 +171,47 @@ def test_smoothing_averages_a_centred_window():
 def test_smoothing_keeps_a_straight_line():
   line = np.arange(20.0)
   np.testing.assert_allclose(smooth(line, 5)[:-2], line[:-2])
+
+
+def test_a_band_is_the_range_over_seeds_around_their_mean():
+  axes = Figure().subplots()
+  figures.plot_band(axes, [1, 2], [[0.0, 4.0], [2.0, 5.0]], label='a')
+  np.testing.assert_array_equal(axes.lines[0].get_ydata(), [1.0, 4.5])
+  [band] = axes.collections
+  corners = {tuple(point) for point in band.get_paths()[0].vertices}
+  assert corners == {(1, 0), (1, 2), (2, 4), (2, 5)}
+
+
+def test_one_seed_has_no_band():
+  axes = Figure().subplots()
+  figures.plot_band(axes, [1, 2], [[0.0, 4.0]])
+  assert not axes.collections
+
+
+class Drawn:
+  claim = 'Long words ' * 12
+
+  def draw(self, results, figure):
+    axes = figure.subplots()
+    axes.plot([0, 1], results.values('a', 'x'), label='a rather long label')
+    figure.legend(loc='outside right upper')
+
+
+def test_claim_and_verdict_stand_above_a_study(tmp_path, drawn):
+  results = Results((0, 1), {'a': {'x': [1.0, 2.0]}})
+  judgements = tuple(Judgement('x', x, '<', 2.0) for x in (1.0, 3.0))
+  report = Report(Drawn(), results, judgements, 0.0, {}, 'cpu')
+  figures.draw_study(report, tmp_path / 'a.png')
+  top, bottom = drawn[0].subfigs
+  claim, summary = top.texts
+  assert claim.get_text().replace('\n', ' ') == Drawn.claim.strip()
+  assert summary.get_text() == (
+    'partly reproduced: 1 of 2 criteria hold; 2 seeds'
+  )
+  boxes = [text.get_window_extent() for text in (claim, summary)]
+  [axes], [legend] = bottom.axes, bottom.legends
+  boxes.append(axes.get_tightbbox())
+  assert boxes[0].y0 > boxes[1].y1
+  assert boxes[1].y0 > boxes[2].y1
+  assert legend.get_window_extent().x0 >= axes.get_window_extent().x1
+  assert legend.get_window_extent().x1 <= drawn[0].bbox.x1

@@ -99,8 +99,8 @@ def _measure_all(study: Study, directory: StudyDirectory) -> list[Measurement]:
   done = directory.load_measurements()
   if any(m.code != code for m in done):
     print(
-      f'Note: the file of the study has changed since parts of it were measured;'
-      f' delete {directory.path} to measure all again.'
+      'Note: parts were measured by another version of the file, which has '
+      f'changed since; delete {directory.path} to measure all again.'
     )
   workspace = Workspace(directory)
   total = len(study.seeds) * len(study.variants())
@@ -132,8 +132,12 @@ def _measure(study, variant, seed, workspace, done):
 
 
 def _checksum(study: Study) -> str:
-  path = inspect.getsourcefile(type(study))
-  return f'{zlib.crc32(pathlib.Path(path).read_bytes()):08x}'
+  """Returns that of the file of the study, '' where there is none."""
+  try:
+    path = inspect.getsourcefile(type(study))
+    return f'{zlib.crc32(pathlib.Path(path).read_bytes()):08x}'
+  except (TypeError, OSError):  # such as in a notebook
+    return ''
 
 
 def _scalars(values) -> str:
