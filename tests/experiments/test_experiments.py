@@ -6,20 +6,35 @@ import pathlib
 
 import pytest
 
+from jaxformers.cli import experiment_file
 from jaxformers.cli import main
 from jaxformers.data import TextData
+from jaxformers.train import read_report
 from jaxformers.train.metrics import read_metrics
+from jaxformers.train.record import to_record
 
 ROOT = pathlib.Path(__file__).parents[2]
-EXPERIMENTS = sorted(
-  p for p in (ROOT / 'experiments').glob('*.py') if p.stem != '__init__'
-)
+FILES = sorted((ROOT / 'experiments').glob('[a-z]*.py'))
+EXPERIMENTS = [p for p in FILES if '\ndef experiment()' in p.read_text()]
+STUDIES = [p for p in FILES if '\ndef study()' in p.read_text()]
 TOY = (
   'steps=2', 'batch_size=8', 'model.width=16', 'model.stack.depth=1',
   'model.stack.block.mixer.num_heads=2', 'data.length=16',
   'model.stack.block.feedforward.hidden=16', 'evaluate_batches=1',
   'baseline=None', 'preview.tokens=3', 'mesh.data=8',
 )  # fmt: skip
+TOY_STUDIES = {
+  'attention_concentration': (
+    'keys=16', 'queries=4', 'width=4', 'lengths=(0.5, 8.0)',
+  ),
+  'entropy_versus_length': (
+    'lengths=(16, 32)', 'base=16', 'sigmas=(1.0, 3.0)', 'queries=4',
+  ),
+  'gradient_optimal_scale': (
+    'dot=(1.0,)', 'recommended=1.0', 'cosine=(10.0,)', 'keys=(16,)', 'width=8',
+    'steps=2', 'batch_size=8',
+  ),
+}  # fmt: skip
 
 
 def load(path):
@@ -27,6 +42,15 @@ def load(path):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
+
+
+def read(result, path):
+  classes = experiment_file.classes_with(experiment_file.load(path))
+  return read_report(result, classes)
+
+
+def is_png(path):
+  return path.read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
 
 
 @pytest.fixture
@@ -50,7 +74,38 @@ def test_an_experiment_trains_from_the_command_line(path, tmp_path, small_text):
   ]
 
 
-@pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', STUDIES, ids=lambda p: p.stem)
+def test_a_study_is_judged_from_the_command_line(path, tmp_path):
+  words = [w for s in TOY_STUDIES[path.stem] for w in ('--set', s)]
+  words += ['--set', 'seeds=(0,)', '--workdir', str(tmp_path)]
+  assert main(['reproduce', str(path), *words]) == 0
+  report = read(tmp_path / f'{path.stem}.json', path)
+  assert report.results.seeds == (0,)
+  assert is_png(tmp_path / f'{path.stem}.png')
+
+
+@pytest.mark.parametrize('path', STUDIES, ids=lambda p: p.stem)
+def test_the_result_of_a_study_is_that_of_its_file(path):
+  report = read(path.parent / 'results' / f'{path.stem}.json', path)
+  study = experiment_file.study_of(experiment_file.load(path))
+  assert to_record(report.study) == to_record(study)
+  assert report.results.variants == study.variants()
+  again = study.judge(report.results)
+  for old, new in zip(report.judgements, again, strict=True):
+    assert (old.statement, old.bound) == (new.statement, new.bound)
+    assert old.seen == pytest.approx(new.seen, rel=1e-9)
+    assert old.holds == new.holds
+  assert is_png(ROOT / 'docs' / 'figures' / f'{path.stem}.png')
+
+
+def test_figures_are_drawn_from_results_alone(tmp_path, monkeypatch):
+  figures = load(ROOT / 'scripts' / 'draw_figures.py')
+  monkeypatch.setattr(figures, 'FIGURES', tmp_path)
+  figures.draw_result(figures.RESULTS / f'{STUDIES[0].stem}.json')
+  assert is_png(tmp_path / f'{STUDIES[0].stem}.png')
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
 def test_an_experiment_says_what_it_expects(path):
   text = load(path).__doc__
   for word in ('Run: ', 'Expected: '):
