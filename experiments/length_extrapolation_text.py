@@ -23,6 +23,7 @@ Time: not measured yet.
 """
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -62,17 +63,17 @@ from jaxformers.train.figure import plot_band
 
 SCALES = 'plain', 'retrofit'
 WINDOWED = 'windowed RoPE'
-# What is compared, and how it is drawn.
+# What is compared, and the colours it is drawn in.
 METHODS = {
-  'RoPE': (COLOURS['text'], '-'),
-  WINDOWED: (COLOURS['baseline'], '--'),
-  'PI': (PALETTE[3], '-'),
-  'NTK mixed': (PALETTE[2], '-'),
-  'NTK dynamic': (PALETTE[2], '--'),
-  'YaRN': (PALETTE[4], '-'),
-  'ReRoPE 1/4': (PALETTE[0], '--'),
-  'ReRoPE 1/2': (PALETTE[0], '-'),
-  'leaky ReRoPE 1/4': (PALETTE[1], '-'),
+  'RoPE': COLOURS['text'],
+  WINDOWED: COLOURS['baseline'],
+  'PI': PALETTE[3],
+  'NTK mixed': PALETTE[2],
+  'NTK dynamic': '#8c6d46',
+  'YaRN': PALETTE[4],
+  'ReRoPE 1/4': PALETTE[5],
+  'ReRoPE 1/2': PALETTE[0],
+  'leaky ReRoPE 1/4': PALETTE[1],
 }
 
 
@@ -225,24 +226,25 @@ class LengthExtrapolationText(Study):
 
   def draw(self, results: Results, figure: Any) -> None:
     lengths = self._lengths()
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, scale in zip(panels, SCALES, strict=True):
-      for variant in results.variants:
+    panels = figure.subplots(1, 2)
+    for axes in panels:
+      for method, scale in itertools.product(results.variants, SCALES):
         curves = np.stack(
-          [results.values(variant, _name(scale, n)) for n in lengths], axis=1
+          [results.values(method, _name(scale, n)) for n in lengths], axis=1
         )
-        colour, line = METHODS[variant]
-        style = {'color': colour, 'linestyle': line, 'marker': '.'}
-        plot_band(axes, lengths, curves, label=variant, **style)
+        line = {'linestyle': '-' if scale == 'plain' else ':', 'marker': '.'}
+        plot_band(axes, lengths, curves, color=METHODS[method], **line)
       axes.set_xscale('log', base=2)
       axes.set_xticks(lengths, lengths)
-      axes.set_title(scale)
       axes.set_xlabel('bytes that are read')
-    panels[0].set_ylabel(f'bits per byte, last {self.data.length} bytes')
-    figure.legend(
-      handles=panels[0].get_legend_handles_labels()[0],
-      loc='outside right upper',
-    )
+    panels[0].set_ylabel(f'bits per byte of the last {self.data.length}')
+    best = panels[0].dataLim.y0
+    panels[1].set_ylim(best - 0.01, best + 0.11)
+    panels[1].set_title('the same, closer')
+    for method in results.variants:
+      panels[0].plot([], [], color=METHODS[method], label=method)
+    panels[0].plot([], [], ':', color=COLOURS['text'], label='with retrofit')
+    figure.legend(loc='outside right upper')
 
 
 def _name(scale: str, length: int) -> str:
