@@ -16,14 +16,22 @@ Source: Su Jianlin, kexue.fm/archives/8823 (log n), 9675 and 9706 (NTK-RoPE),
 9708 (ReRoPE), 9728 (inverse leaky ReRoPE), 2021 to 2023; Chen et al., arXiv
 2306.15595 (position interpolation); Peng et al., arXiv 2309.00071 (YaRN).
 Run: `jaxformers reproduce experiments/length_extrapolation_blocks.py`
-Expected: not measured yet.
-Time: not measured yet.
+Expected: 6 of 8 criteria hold. Accuracies at 512, plain / retrofit / log n: RoPE
+0.48 / 0.72 / 0.69, interpolation 0.14 (0.23 at 64), YaRN 0.89 / 0.91 / 0.88,
+ReRoPE with a window of half the rows 0.94 / 0.97 / 0.95; 0.96 at 64. Not
+reproduced: RoPE with retrofit is only 0.26, not 0.3, below ReRoPE with it, and
+inverse leaky ReRoPE (0.61 / 0.79 / 0.79) hardly beats RoPE. NTK-aware
+frequencies help little (old, dynamic) or not (fixed, mixed); on 16 pairs and 64
+positions there is little for them to tell apart.
+Time: 37 minutes on 2 CPU cores shared with other work, some 12 on idle ones.
 """
 
 from collections.abc import Iterator
 import dataclasses
 import math
 from typing import Any
+
+import numpy as np
 
 from jaxformers.data import RepeatedBlocks
 from jaxformers.models import LanguageModel
@@ -190,7 +198,11 @@ class LengthExtrapolationBlocks(Study):
     def far(method, scale='plain'):
       return at(self.test_length, method, scale)
 
-    retrofit = [abs(near(m, 'retrofit') - near(m)) for m in results.variants]
+    plain, retrofit = (
+      [results.values(m, _name(s, self.train_length)) for m in results.variants]
+      for s in ('plain', 'retrofit')
+    )
+    change = np.abs(np.subtract(plain, retrofit)).max()
     best, rope = far('ReRoPE 1/2', 'retrofit'), far('RoPE', 'retrofit')
     turned = abs(near('ReRoPE 1/2', 'retrofit') - near('RoPE'))
     inverse = far(INVERSE) - far('RoPE')
@@ -200,18 +212,21 @@ class LengthExtrapolationBlocks(Study):
       Judgement(
         f'{beyond}: RoPE, gain by retrofit', rope - far('RoPE'), '>=', 0.08
       ),
-      Judgement(
-        f'{before}: largest change by retrofit', max(retrofit), '<=', 0
-      ),
+      Judgement(f'{before}: largest change by retrofit', change, '<=', 0),
       Judgement(
         f'{beyond}: YaRN less RoPE', far('YaRN') - far('RoPE'), '>=', 0.25
       ),
       Judgement(f'{before}: PI', near('PI'), '<=', 0.5),
       Judgement(f'{beyond}: ReRoPE 1/2 with retrofit', best, '>=', 0.85),
       Judgement(
-        f'{beyond}: that less RoPE with retrofit', best - rope, '>=', 0.3
+        f'{beyond}: the same less RoPE with retrofit', best - rope, '>=', 0.3
       ),
-      Judgement(f'{before}: its distance from RoPE', turned, '<=', 0.02),
+      Judgement(
+        f'{before}: ReRoPE 1/2 with retrofit, distance from RoPE',
+        turned,
+        '<=',
+        0.02,
+      ),
       Judgement(f'{beyond}: {INVERSE} less RoPE', inverse, '>=', 0.25),
     ]
 
