@@ -23,7 +23,7 @@ reproduced: RoPE with retrofit is only 0.26, not 0.3, below ReRoPE with it, and
 inverse leaky ReRoPE (0.61 / 0.79 / 0.79) hardly beats RoPE. NTK-aware
 frequencies help little (old, dynamic) or not (fixed, mixed); on 16 pairs and 64
 positions there is little for them to tell apart.
-Time: 37 minutes on 2 CPU cores shared with other work, some 12 on idle ones.
+Time: about 40 minutes on 2 CPU cores that were busy with other work as well.
 """
 
 from collections.abc import Iterator

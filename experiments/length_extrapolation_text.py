@@ -24,7 +24,7 @@ YaRN 2.11 and 2.66, ReRoPE with a window of half the rows 1.89 and 1.89, with
 retrofit 1.86. Not reproduced: windowed RoPE has 1.84, so that what ReRoPE gains
 is the familiar 64 bytes, and more of them cost it a little. Retrofit helps that
 ReRoPE, and NTK mixed with two seeds of three, but neither YaRN nor leaky ReRoPE.
-Time: 40 minutes on 2 CPU cores shared with other work, some 15 on idle ones.
+Time: about 45 minutes on 2 CPU cores that were busy with other work as well.
 """
 
 import dataclasses
