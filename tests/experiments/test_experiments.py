@@ -34,6 +34,14 @@ TOY_STUDIES = {
     'dot=(1.0,)', 'recommended=1.0', 'cosine=(10.0,)', 'keys=(16,)', 'width=8',
     'steps=2', 'batch_size=8',
   ),
+  'length_extrapolation_blocks': (
+    'methods=("ReRoPE 1/2",)', 'train_length=24', 'test_length=48',
+    'steps=1', 'heldout_rows=8',
+  ),
+  'length_extrapolation_text': (
+    'methods=("windowed RoPE", "ReRoPE 1/2")', 'data.length=16', 'times=(1, 2)',
+    'width=16', 'depth=1', 'steps=1', 'windows=8',
+  ),
 }  # fmt: skip
 
 
