@@ -34,6 +34,10 @@ TOY_STUDIES = {
     'dot=(1.0,)', 'recommended=1.0', 'cosine=(10.0,)', 'keys=(16,)', 'width=8',
     'steps=2', 'batch_size=8',
   ),
+  'learnt_step_sizes': (
+    'rates=(0.1,)', 'mistuned=0.1', 'tuned=0.1', 'steps=4', 'width=2',
+  ),
+  'sparse_targets': ('inputs=4', 'steps=4'),
 }  # fmt: skip
 
 
