@@ -34,7 +34,8 @@ class ScaleState(NamedTuple):
   Attributes:
     log_scale: logarithms of the scales, `[]`, at least float32: a tree like the
       parameters with scope `'tensor'`, one number with `'global'`.
-    previous: the last update before it was scaled, like the parameters.
+    previous: the last update, like the parameters. It is kept as it was scaled,
+      so that it need not be computed twice, and divided by the scale when used.
     inner: state of the inner optimiser.
   """
 
@@ -106,24 +107,28 @@ def adapt_scale(
     return ScaleState(log_scale, previous, inner.init(params))
 
   def adapted(log_scale, gradients, previous):
-    alignment = -tree_dot(gradients, previous)
+    scale = jnp.exp(log_scale)
+    alignment = -tree_dot(gradients, previous) / scale
     if mode == 'normalised':
       alignment /= tree_norm(gradients) + EPS
-      alignment /= tree_norm(previous) + EPS
+      alignment /= tree_norm(previous) / scale + EPS
     return _clipped(log_scale + scale_lr * alignment, bounds)
 
   def update(updates, state, params=None, **extra_args):
-    log_scale = map_scales(adapted, state.log_scale, updates, state.previous)
+    # Or XLA shares the squares of gradients with inner optimisers that take them
+    # too, by writing them to memory.
+    gradients = jax.lax.optimization_barrier(updates)
+    log_scale = map_scales(adapted, state.log_scale, gradients, state.previous)
     updates, inner_state = inner.update(
       updates, state.inner, params, **extra_args
+    )
+    updates = map_scales(
+      lambda s, tree: _multiplied(tree, jnp.exp(s)), log_scale, updates
     )
     previous = jax.tree.map(
       lambda u, old: u.astype(old.dtype), updates, state.previous
     )
-    scaled = map_scales(
-      lambda s, tree: _multiplied(tree, jnp.exp(s)), log_scale, updates
-    )
-    return scaled, ScaleState(log_scale, previous, inner_state)
+    return updates, ScaleState(log_scale, previous, inner_state)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
