@@ -105,3 +105,7 @@ from jaxformers.ops.scales import LogLength
 from jaxformers.ops.scales import LogLengthRetrofit
 from jaxformers.ops.scales import Product
 from jaxformers.ops.scales import SSMax
+from jaxformers.ops.tree import leaf_keys
+from jaxformers.ops.tree import top_fraction_threshold
+from jaxformers.ops.tree import tree_dot
+from jaxformers.ops.tree import tree_norm

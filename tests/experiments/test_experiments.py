@@ -42,6 +42,10 @@ TOY_STUDIES = {
     'methods=("windowed RoPE", "ReRoPE 1/2")', 'data.length=16', 'times=(1, 2)',
     'width=16', 'depth=1', 'steps=1', 'windows=8',
   ),
+  'learnt_step_sizes': (
+    'rates=(0.1,)', 'mistuned=0.1', 'tuned=0.1', 'steps=4', 'width=2',
+  ),
+  'sparse_targets': ('inputs=4', 'steps=4'),
 }  # fmt: skip
 
 
@@ -126,10 +130,8 @@ def test_an_experiment_says_what_it_expects(path):
     assert word in text
 
 
-def test_the_train_step_benchmark_measures(small_text, monkeypatch):
-  monkeypatch.syspath_prepend(str(ROOT))
-  from experiments.benchmarks import train_step
-
+@pytest.fixture
+def toy_experiment(small_text):
   experiment = load(ROOT / 'experiments' / 'lm.py').experiment()
   block = experiment.model.stack.block
   block = block.clone(
@@ -137,17 +139,33 @@ def test_the_train_step_benchmark_measures(small_text, monkeypatch):
     feedforward=block.feedforward.clone(hidden=16),
   )
   stack = experiment.model.stack.clone(block=block, depth=1)
-  toy = dataclasses.replace(
+  return dataclasses.replace(
     experiment,
     model=experiment.model.clone(width=16, stack=stack),
     data=TextData(path=small_text, length=16),
     batch_size=8,
   )
-  results = train_step.measure(toy, rounds=2, size=64, depths=(1, 2))
+
+
+def test_the_train_step_benchmark_measures(toy_experiment, monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT))
+  from experiments.benchmarks import train_step
+
+  results = train_step.measure(toy_experiment, rounds=2, size=64, depths=(1, 2))
   assert 0 < results['fraction_of_peak'] < 1
   for name in ('tokens_per_second', 'speed_relative_to_flax', 'compile_ratio'):
     assert results[name] > 0
   assert results['fraction_outside_xla'] < 1
+
+
+def test_the_step_size_benchmark_measures(toy_experiment, monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT))
+  from experiments.benchmarks import step_size
+
+  results = step_size.measure(toy_experiment, leaves=1, width=4, rounds=1)
+  assert results['parameters'] == 64
+  for name in ('update_relative_to_adamw', 'step_relative_to_adamw'):
+    assert results[name]['scale_and_gains'] > 0
 
 
 def test_the_attention_benchmark_measures(monkeypatch):
