@@ -8,6 +8,8 @@ from jaxformers.ops.attention import attention_weights
 from jaxformers.ops.attention import supports
 from jaxformers.ops.attention_diagnostics import AttentionDiagnostics
 from jaxformers.ops.attention_diagnostics import attention_diagnostics
+from jaxformers.ops.balls import L2Ball
+from jaxformers.ops.balls import MaxBall
 from jaxformers.ops.biases import ALiBi
 from jaxformers.ops.biases import Bias
 from jaxformers.ops.biases import DenseBias
