@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxformers.optim.optimizer import AdamW
+from jaxformers.optim.optimizer import Optimizer
+from jaxformers.optim.schedule import Schedule
+
 
 @dataclasses.dataclass(frozen=True)
 class Flooding:
   """Minimises `|L - level| + level`: below the level, descent turns round.
 
   L is the mean over the batch. It does not add up over parts of a batch; a run
-  that accumulates gradients takes an optimiser with `flood` instead.
+  that accumulates gradients takes the optimiser `Flooded` instead.
 
   Source: Ishida et al., "Do We Need Zero Training Loss After Achieving Zero
   Training Error?", 2020, arXiv 2002.08709, equation 2.
@@ -40,6 +44,31 @@ class Flooding:
     return jax.value_and_grad(flooded, has_aux=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Flooded:
+  """Any optimiser, with gradients that turn round below a level of the loss.
+
+  What `Flooding` does, also for runs that accumulate gradients.
+
+  Source: see `Flooding`.
+
+  Attributes:
+    level: of the floor.
+    optimizer: what takes the gradients.
+  """
+
+  level: float
+  optimizer: Optimizer = AdamW()
+
+  @property
+  def learning_rate(self) -> Schedule:
+    """That of the optimiser."""
+    return self.optimizer.learning_rate
+
+  def build(self, steps: int) -> optax.GradientTransformationExtraArgs:
+    return optax.chain(flood(self.level), self.optimizer.build(steps))
+
+
 def flood(level: float) -> optax.GradientTransformationExtraArgs:
   """Turns gradients round where the loss is below a level.
 
@@ -56,8 +85,10 @@ def flood(level: float) -> optax.GradientTransformationExtraArgs:
     A transformation whose `update` needs the loss as `value`.
   """
 
-  def update(updates, state, params=None, *, value, **extra):
+  def update(updates, state, params=None, *, value=None, **extra):
     del params, extra
+    if value is None:
+      raise ValueError('flood needs update(..., value=loss).')
     sign = jnp.where(value >= level, 1, -1)
     return jax.tree.map(lambda g: g * sign.astype(g.dtype), updates), state
 
