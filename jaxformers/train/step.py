@@ -8,6 +8,7 @@ from jax import Array
 import jax.numpy as jnp
 import optax
 
+from jaxformers.diagnostics.alignment import measurements_of
 from jaxformers.train.experiment import Experiment
 from jaxformers.train.objective import Batch
 from jaxformers.train.objective import Losses
@@ -43,7 +44,8 @@ def train_step_of(
   float32 scalars: `loss`, each task if there are several, the objective's own,
   `minimized` where `experiment.gradient` minimises something else than `loss`,
   `gradient_norm` before clipping, `learning_rate`, `targets` (how many were
-  predicted) and `skipped` (updates skipped so far).
+  predicted) and `skipped` (updates skipped so far), and what the optimiser
+  measures itself (`jaxformers.diagnostics.measurements_of`).
   """
   optimizer = experiment.optimizer.build(experiment.steps)
   rate = experiment.optimizer.learning_rate.schedule(experiment.steps)
@@ -70,6 +72,7 @@ def train_step_of(
       'learning_rate': jnp.asarray(rate(state.step), jnp.float32),
       'targets': losses.weight,
       'skipped': new.skipped.astype(jnp.float32),
+      **measurements_of(new.optimizer_state),
     }
     return new._replace(step=state.step + 1), metrics
 
