@@ -1,0 +1,47 @@
+"""The conformance table of the optimisers: one row per transformation."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from jaxformers.optim import AdamW
+from jaxformers.optim import Constant
+from jaxformers.optim import FromOptax
+from jaxformers.testing import TransformCase
+from jaxformers.testing import TransformConformance
+from jaxformers.testing.transforms import Bench
+
+
+def adamw(learning_rate, b1):
+  optimizer = AdamW(Constant(learning_rate), b1=b1, weight_decay=0.0)
+  return optimizer.build(200)
+
+
+def lion(learning_rate):
+  return FromOptax('lion', Constant(learning_rate)).build(200)
+
+
+class TestTransforms(TransformConformance):
+  cases = (
+    TransformCase('adamw', adamw, (('learning_rate', 0.05), ('b1', 0.9))),
+    TransformCase('lion', lion, (('learning_rate', 0.02),)),
+  )
+
+
+@pytest.mark.parametrize(
+  ('name', 'rewrite'),
+  [
+    (
+      'sharded_it_does_the_same_and_gathers_nothing',
+      lambda g: g * jnp.vdot(g, g),
+    ),
+    ('it_keeps_dtypes', lambda g: g.astype(jnp.float32)),
+    ('it_converges_on_a_quadratic', lambda g: -g),
+  ],
+)
+def test_the_suite_notices_what_breaks_the_contract(name, rewrite):
+  link = optax.stateless(lambda updates, _: jax.tree.map(rewrite, updates))
+  bench = Bench(TransformCase('bad', lambda: optax.chain(link, optax.sgd(0.1))))
+  with pytest.raises(AssertionError):
+    getattr(TransformConformance(), f'test_{name}')(bench)
