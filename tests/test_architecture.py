@@ -120,7 +120,8 @@ NO_SOURCE = {
   'Segments', 'Window', 'Attended', 'Block', 'Linear', 'Stack', 'TokenLosses',
   'Mixer', 'AttentionState', 'Constant', 'FromOptax', 'LanguageModelState',
   'LinearAttended', 'LinearAttentionState', 'LinearMemory', 'Recurred',
-  'Reread', 'RetentionState', 'TokenLayer',
+  'Reread', 'RetentionState', 'TokenLayer', 'PlusMinusState', 'GainState',
+  'ScaleState',
 }  # fmt: skip
 
 

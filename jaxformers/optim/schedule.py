@@ -5,7 +5,7 @@ from typing import Literal, Protocol
 
 import optax
 
-from jaxformers.optim import step_sizes
+from jaxformers.optim import learning_rates
 
 
 class Schedule(Protocol):
@@ -101,7 +101,7 @@ class LinearDecay:
   peak: float
 
   def schedule(self, steps: int) -> optax.Schedule:
-    return step_sizes.linear_decay(self.peak, steps)
+    return learning_rates.linear_decay(self.peak, steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ class InverseSqrtDecay:
 
   def schedule(self, steps: int) -> optax.Schedule:
     del steps
-    return step_sizes.inv_sqrt(self.peak)
+    return learning_rates.inv_sqrt(self.peak)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ class RefinedDecay:
 
   def schedule(self, steps: int) -> optax.Schedule:
     reach = round(self.smoothing * len(self.gradient_norms) / 2)
-    norms = step_sizes.smoothed(self.gradient_norms, 2 * reach + 1)
-    rates = step_sizes.refined_rates(norms, self.kind)
+    norms = learning_rates.smoothed(self.gradient_norms, 2 * reach + 1)
+    rates = learning_rates.refined_rates(norms, self.kind)
     scale = self.peak / rates.max()
-    return step_sizes.from_rates(scale * rates, steps)
+    return learning_rates.from_rates(scale * rates, steps)
