@@ -15,6 +15,16 @@ from jaxformers.ops.biases import Bias
 from jaxformers.ops.biases import DenseBias
 from jaxformers.ops.biases import RelativeBias
 from jaxformers.ops.biases import T5Bias
+from jaxformers.ops.closed_form import ClassStatistics
+from jaxformers.ops.closed_form import SoftmaxHead
+from jaxformers.ops.closed_form import lda_covariance
+from jaxformers.ops.closed_form import lda_init
+from jaxformers.ops.closed_form import lda_merge
+from jaxformers.ops.closed_form import lda_psum
+from jaxformers.ops.closed_form import lda_solve
+from jaxformers.ops.closed_form import lda_update
+from jaxformers.ops.closed_form import ledoit_wolf_shrinkage
+from jaxformers.ops.closed_form import oas_shrinkage
 from jaxformers.ops.concentration import ScoreFit
 from jaxformers.ops.concentration import attention_entropy
 from jaxformers.ops.concentration import concentration
