@@ -116,7 +116,7 @@ def update_report(
   Updates of about a thousandth of the weights are a common rule of thumb.
 
   Source: You et al., "Large Batch Training of Convolutional Networks", 2017,
-  arXiv 1708.03888, section 4, who look at these ratios per layer.
+  arXiv 1708.03888, who look at these ratios per layer.
 
   Args:
     updates: what is added to the parameters.

@@ -36,7 +36,7 @@ def fgm_loss(
   et al. have it.
 
   Source: Miyato et al., "Adversarial Training Methods for Semi-Supervised Text
-  Classification", 2017, arXiv 1605.07725, equations 1 and 5; of the table: Su
+  Classification", 2017, arXiv 1605.07725; of the table: Su
   Jianlin, 2020, kexue.fm/archives/7234.
 
   Args:

@@ -17,7 +17,7 @@ def flooding(loss: Float[Array, ''], level: float) -> Float[Array, '']:
   `jaxformers.optim.flood` sees the whole.
 
   Source: Ishida et al., "Do We Need Zero Training Loss After Achieving Zero
-  Training Error?", 2020, arXiv 2002.08709, equation 2; the squared gradient: Su
+  Training Error?", 2020, arXiv 2002.08709; the squared gradient: Su
   Jianlin, 2020, kexue.fm/archives/7643.
 
   Args:

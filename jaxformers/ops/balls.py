@@ -27,7 +27,7 @@ class L2Ball:
   """All perturbations up to a Euclidean length.
 
   Source: Miyato et al., "Adversarial Training Methods for Semi-Supervised Text
-  Classification", 2017, arXiv 1605.07725, equation 5; `1e-8` in the norm: Su
+  Classification", 2017, arXiv 1605.07725; `1e-8` in the norm: Su
   Jianlin, 2020, kexue.fm/archives/7234.
 
   Attributes:

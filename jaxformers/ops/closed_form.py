@@ -121,7 +121,7 @@ def lda_merge(a: ClassStatistics, b: ClassStatistics) -> ClassStatistics:
   Associative and commutative up to rounding, so it serves `scan` over batches
   and trees over hosts.
 
-  Source: Chan, Golub and LeVeque, 1979, equations 2.1, per class.
+  Source: Chan, Golub and LeVeque, 1979, per class.
 
   Args:
     a: statistics of some data.
@@ -209,7 +209,7 @@ def oas_shrinkage(state: ClassStatistics) -> Float[Array, '']:
   order 1 / D.
 
   Source: Chen, Wiesel, Eldar and Hero, "Shrinkage Algorithms for MMSE Covariance
-  Estimation", 2010, arXiv 0907.4698, equation 23.
+  Estimation", 2010, arXiv 0907.4698.
 
   Args:
     state: of the data.

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 import dataclasses
-import re
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxformers.ops.balls import L2Ball
+from jaxformers.optim.selection import matching
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class PGD:
     backward = jax.value_and_grad(loss_fn, has_aux=True)
 
     def value_and_grad(params, *args):
-      is_moved = _matches(self.parameters, params)
+      is_moved = jax.tree.leaves(matching(self.parameters, params))
       (loss, aux), gradient = backward(params, *args)
       delta = self._climb(
         _selected(jax.tree.map(jnp.zeros_like, params), is_moved),
@@ -111,20 +111,6 @@ class PGD:
     return ball.project(
       jax.tree.map(lambda d, s: d + (stride * s).astype(d.dtype), delta, step)
     )
-
-
-def _matches(pattern, params):
-  """Returns for each leaf whether its path matches."""
-  paths = [
-    jax.tree_util.keystr(path, simple=True, separator='/')
-    for path, _ in jax.tree_util.tree_leaves_with_path(params)
-  ]
-  matches = [re.search(pattern, path) is not None for path in paths]
-  if not any(matches):
-    raise ValueError(
-      f'no parameter matches {pattern!r}; there are: {", ".join(paths)}.'
-    )
-  return matches
 
 
 def _selected(tree, is_selected):

@@ -21,7 +21,7 @@ class Flooding:
   that accumulates gradients takes the optimiser `Flooded` instead.
 
   Source: Ishida et al., "Do We Need Zero Training Loss After Achieving Zero
-  Training Error?", 2020, arXiv 2002.08709, equation 2.
+  Training Error?", 2020, arXiv 2002.08709.
 
   Attributes:
     level: of the floor.
@@ -76,7 +76,7 @@ def flood(level: float) -> optax.GradientTransformationExtraArgs:
   the sign of `loss - level` as their factor. It sees the loss of the whole batch
   however many parts that had.
 
-  Source: Ishida et al., 2020, arXiv 2002.08709, equation 2.
+  Source: Ishida et al., 2020, arXiv 2002.08709.
 
   Args:
     level: of the floor.

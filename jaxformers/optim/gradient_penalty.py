@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from jaxformers.ops.tree import tree_dot
 from jaxformers.ops.tree import tree_norm
+from jaxformers.optim.selection import matching
 
 ValueAndGrad = Callable[..., tuple[Any, Any]]
 """Like what `jax.value_and_grad` returns."""
@@ -42,7 +43,7 @@ class GradientPenalty:
   Source: Barrett and Dherin, "Implicit Gradient Regularization", 2020, arXiv
   2009.11162, section 2; the norm: Zhao et al., "Penalizing Gradient Norm for
   Efficiently Improving Generalization in Deep Learning", 2022, arXiv
-  2202.03599, equation 2; SAM: Foret et al., 2020, arXiv 2010.01412.
+  2202.03599; SAM: Foret et al., 2020, arXiv 2010.01412.
 
   Attributes:
     strength: of the penalty; 0 changes nothing.
@@ -50,12 +51,16 @@ class GradientPenalty:
     mode: see above.
     step: of `'finite_diff'`: multiplies the gradient if squared, otherwise is
       the length of the step.
+    parameters: regular expression for the paths of the parameters, such as
+      `embed/table_VD`, whose gradient is penalised; the table's alone is the
+      penalty of kexue.fm/archives/7234.
   """
 
   strength: float
   squared: bool = True
   mode: Literal['fwd_rev', 'rev_rev', 'finite_diff'] = 'fwd_rev'
   step: float = 0.01
+  parameters: str = ''
   accumulates: ClassVar[bool] = False
 
   def __post_init__(self):
@@ -78,7 +83,16 @@ class GradientPenalty:
     }
     return methods[self.mode](jax.value_and_grad(loss_fn, has_aux=True))
 
+  def _penalised(self, gradient):
+    """The gradient of the chosen parameters, 0 for others."""
+    return jax.tree.map(
+      lambda g, chosen: g if chosen else jnp.zeros_like(g),
+      gradient,
+      matching(self.parameters, gradient),
+    )
+
   def _penalty(self, gradient):
+    gradient = self._penalised(gradient)
     square = tree_dot(gradient, gradient)
     if self.squared:
       return self.strength / 2 * square
@@ -88,7 +102,8 @@ class GradientPenalty:
     return self.strength * jnp.where(is_positive, norm, 0)
 
   def _direction(self, gradient):
-    """The gradient, or the unit vector along it."""
+    """The penalised gradient, or the unit vector along it."""
+    gradient = self._penalised(gradient)
     if self.squared:
       return gradient
     norm = tree_norm(gradient)
@@ -145,7 +160,7 @@ def with_gradient_penalty(
     strength: see `GradientPenalty`.
     mode: see `GradientPenalty`.
     has_aux: whether the loss has an `aux`.
-    **options: `squared` and `step` of `GradientPenalty`.
+    **options: `squared`, `step` and `parameters` of `GradientPenalty`.
   """
   penalty = GradientPenalty(strength, mode=mode, **options)
   return _like(loss_fn, penalty, has_aux)

@@ -19,7 +19,7 @@ def linear_decay(peak: float, steps: int) -> optax.Schedule:
   It would be 0 one step after the last. The best peak is R / (G sqrt T).
 
   Source: Defazio et al., "Optimal Linear Decay Learning Rate Schedules and
-  Further Refinements", 2023, arXiv 2310.07831, corollary 2; Su Jianlin, 2025,
+  Further Refinements", 2023, arXiv 2310.07831; Su Jianlin, 2025,
   kexue.fm/archives/11494.
 
   Args:
@@ -73,7 +73,7 @@ def refined_from_grad_norms(
   - `'anytime'`, a heuristic that sees no future norm:
     `R G_t^-2 / sqrt Q_t (1 - t / T)`.
 
-  Source: Defazio et al., 2023, arXiv 2310.07831, section 3; Su Jianlin, 2025,
+  Source: Defazio et al., 2023, arXiv 2310.07831; Su Jianlin, 2025,
   kexue.fm/archives/11530.
 
   Args:
@@ -145,7 +145,7 @@ def from_rates(
 def smoothed(norms: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
   """Returns the running median over a window, as refined schedules want.
 
-  Source: Defazio et al., 2023, arXiv 2310.07831, section 3: a median filter.
+  Source: Defazio et al., 2023, arXiv 2310.07831: a median filter.
 
   Args:
     norms: one per step.

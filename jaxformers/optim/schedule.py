@@ -92,7 +92,7 @@ class LinearDecay:
   as worst cases go.
 
   Source: Defazio et al., "Optimal Linear Decay Learning Rate Schedules and
-  Further Refinements", 2023, arXiv 2310.07831, corollary 2.
+  Further Refinements", 2023, arXiv 2310.07831.
 
   Attributes:
     peak: what it falls from.
@@ -126,7 +126,7 @@ class InverseSqrtDecay:
 class RefinedDecay:
   """Warms up and decays as the gradient norms of an earlier run suggest.
 
-  Source: Defazio et al., 2023, arXiv 2310.07831, section 3.
+  Source: Defazio et al., 2023, arXiv 2310.07831.
 
   Attributes:
     peak: the largest learning rate.

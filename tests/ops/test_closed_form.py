@@ -259,7 +259,7 @@ def test_oracle_approximating_shrinkage_is_a_fixed_point():
     rho = 0.5
     for _ in range(500):
       sigma = (1 - rho) * s + rho * sphere
-      # Equations 16 and 17 of the source, iterated to their limit.
+      # The formula of the oracle, iterated to its limit.
       a, b = np.trace(sigma @ s), np.trace(sigma) ** 2
       top = (1 - 2 / WIDTH) * a + b
       rho = top / ((20 + 1 - 2 / WIDTH) * a + (1 - 20 / WIDTH) * b)

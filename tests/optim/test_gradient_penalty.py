@@ -117,6 +117,22 @@ def test_at_a_stationary_point_nothing_acts(mode, squared):
   np.testing.assert_array_equal(gradient, 0)
 
 
+@pytest.mark.parametrize('mode', MODES)
+def test_the_gradient_of_some_parameters_may_be_penalised(mode):
+  loss = lambda p: jnp.sum(p['a'] ** 2) * jnp.sum(p['b'])
+  params = {'a': jnp.array([1.0, 2.0]), 'b': jnp.array([3.0])}
+  run = with_gradient_penalty(loss, 0.1, mode, parameters='^a$', step=1e-3)
+  value, gradient = run(params)
+  # The penalty is 0.05 |2 a b|^2 = 0.2 |a|^2 b^2.
+  np.testing.assert_allclose(value, 15 + 0.2 * 5 * 9, rtol=1e-5)
+  np.testing.assert_allclose(gradient['a'], [6 + 3.6, 12 + 7.2], rtol=2e-3)
+  np.testing.assert_allclose(gradient['b'], [5 + 6], rtol=2e-3)
+  with pytest.raises(
+    ValueError, match="no parameter matches 'c'; there are: a"
+  ):
+    with_gradient_penalty(loss, 0.1, parameters='c')(params)
+
+
 def test_aux_and_dtypes_are_those_of_the_loss():
   loss = lambda p, x: (jnp.sum(p['w'] ** 4) * x, p['w'] + 1)
   params = {'w': jnp.ones(2, jnp.bfloat16)}

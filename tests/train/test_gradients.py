@@ -1,6 +1,7 @@
 """Penalised and adversarial gradients in the trainer."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -29,11 +30,16 @@ def start(tiny):
   return experiment, batch, jax.jit(lambda: init_state(experiment, batch))()
 
 
+@functools.cache
+def compiled(experiment):
+  return jax.jit(train_step_of(experiment))
+
+
 def gradient_of(start, gradient):
   """Returns the metrics and the gradient that a step of descent shows."""
   experiment, batch, state = start
   experiment = dataclasses.replace(experiment, gradient=gradient)
-  new, metrics = jax.jit(train_step_of(experiment))(state, batch)
+  new, metrics = compiled(experiment)(state, batch)
   move = jax.tree.map(lambda a, b: (a - b) / RATE, state.params, new.params)
   return metrics, move
 
