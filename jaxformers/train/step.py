@@ -8,6 +8,7 @@ from jax import Array
 import jax.numpy as jnp
 import optax
 
+from jaxformers.diagnostics.alignment import measurements_of
 from jaxformers.train.experiment import Experiment
 from jaxformers.train.objective import Batch
 from jaxformers.train.objective import Losses
@@ -41,8 +42,10 @@ def train_step_of(
 
   The update is that of the whole batch whatever `accumulate` is. Metrics are
   float32 scalars: `loss`, each task if there are several, the objective's own,
+  `minimized` where `experiment.gradient` minimises something else than `loss`,
   `gradient_norm` before clipping, `learning_rate`, `targets` (how many were
-  predicted) and `skipped` (updates skipped so far).
+  predicted) and `skipped` (updates skipped so far), and what the optimiser
+  measures itself (`jaxformers.diagnostics.measurements_of`).
   """
   optimizer = experiment.optimizer.build(experiment.steps)
   rate = experiment.optimizer.learning_rate.schedule(experiment.steps)
@@ -69,6 +72,7 @@ def train_step_of(
       'learning_rate': jnp.asarray(rate(state.step), jnp.float32),
       'targets': losses.weight,
       'skipped': new.skipped.astype(jnp.float32),
+      **measurements_of(new.optimizer_state),
     }
     return new._replace(step=state.step + 1), metrics
 
@@ -109,7 +113,7 @@ def _gradients(experiment, state, batch, key):
     )
     return losses.total, losses
 
-  gradient = jax.grad(objective, has_aux=True)
+  gradient = _backward(experiment, objective)
   parts = experiment.accumulate
   if parts == 1:
     return gradient(state.params, state.statistics, batch, key)
@@ -135,6 +139,20 @@ def _gradients(experiment, state, batch, key):
   scale = 1 / jnp.maximum(weight, 1)
   gradients, tasks, metrics = jax.tree.map(lambda s: s * scale, sums)
   return gradients, Losses(tasks, metrics, statistics, weight)
+
+
+def _backward(experiment, objective):
+  """Returns `(params, *arguments) -> (gradients, losses)` of an objective."""
+  if experiment.gradient is None:
+    return jax.grad(objective, has_aux=True)
+  value_and_grad = experiment.gradient.value_and_grad(objective)
+
+  def gradient(*arguments):
+    (value, losses), gradients = value_and_grad(*arguments)
+    metrics = {**losses.metrics, 'minimized': value}
+    return gradients, losses._replace(metrics=metrics)
+
+  return gradient
 
 
 def _parts(array, parts):

@@ -8,14 +8,19 @@ import numpy as np
 import optax
 import pytest
 
+from jaxformers.diagnostics import monitor_alignment
 from jaxformers.optim import AdamW
 from jaxformers.optim import AdaptStepSize
+from jaxformers.optim import Averaged
 from jaxformers.optim import Constant
 from jaxformers.optim import ExponentiatedGradient
 from jaxformers.optim import FromOptax
+from jaxformers.optim import adagrad_norm
 from jaxformers.optim import adapt_step_size
 from jaxformers.optim import eg_plus_minus
 from jaxformers.optim import exponentiated_gradient
+from jaxformers.optim import flood
+from jaxformers.optim import project_l2_ball
 from jaxformers.testing import TransformCase
 from jaxformers.testing import TransformConformance
 from jaxformers.testing.transforms import Bench
@@ -44,6 +49,26 @@ def adapted_adamw(learning_rate):
 def signed_adam(learning_rate, l1_decay):
   optimizer = AdamW(Constant(learning_rate), weight_decay=0.0)
   return ExponentiatedGradient(optimizer, l1_decay=l1_decay).build(200)
+
+
+def momentum_in_a_ball(learning_rate, radius):
+  return optax.chain(
+    optax.sgd(learning_rate, momentum=0.9), project_l2_ball(radius)
+  )
+
+
+def monitored_adam(learning_rate):
+  return monitor_alignment(optax.adam(learning_rate))
+
+
+def flooded(level):
+  """Well above the level, where nothing turns round."""
+  inner = optax.chain(flood(level), optax.sgd(0.1, momentum=0.9))
+
+  def update(updates, state, params=None, **extra):
+    return inner.update(updates, state, params, **{**extra, 'value': 1e9})
+
+  return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def with_fixed_signs(x):
@@ -94,6 +119,21 @@ class TestTransforms(TransformConformance):
     TransformCase(
       'adapted_adamw_global', adapted_adamw, (('learning_rate', 0.05),)
     ),
+    TransformCase('adagrad_norm', adagrad_norm, (('learning_rate', 4.0),)),
+    TransformCase(
+      'momentum_in_a_ball',
+      momentum_in_a_ball,
+      (('learning_rate', 0.1), ('radius', 8.0)),
+    ),
+    TransformCase(
+      'averaged_momentum',
+      lambda learning_rate: Averaged(
+        FromOptax('sgd', Constant(learning_rate), (('momentum', 0.9),))
+      ).build(200),
+      (('learning_rate', 0.1),),
+    ),
+    TransformCase('monitored_adam', monitored_adam, (('learning_rate', 0.05),)),
+    TransformCase('flooded', flooded, (('level', 0.1),)),
   )
 
 
