@@ -3,6 +3,7 @@
 from jaxformers.train.baseline import NGram
 from jaxformers.train.experiment import Experiment
 from jaxformers.train.experiment import Preview
+from jaxformers.train.gradient import GradientFunction
 from jaxformers.train.loop import train
 from jaxformers.train.objective import Losses
 from jaxformers.train.objective import NextToken

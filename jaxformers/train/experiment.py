@@ -11,6 +11,7 @@ from jaxformers.data import TextData
 from jaxformers.optim.optimizer import AdamW
 from jaxformers.optim.optimizer import Optimizer
 from jaxformers.train.baseline import Baseline
+from jaxformers.train.gradient import GradientFunction
 from jaxformers.train.objective import NextToken
 from jaxformers.train.objective import Objective
 from jaxformers.train.sharding import MeshShape
@@ -60,6 +61,8 @@ class Experiment:
     data: where batches come from.
     objective: what is minimised.
     optimizer: how.
+    gradient: what takes the place of the gradient of the loss, such as that of a
+      penalised one; None for the gradient itself.
     steps: number of updates.
     batch_size: rows per update, over all processes and accumulated parts.
     accumulate: parts into which a batch is cut to save memory; the update is
@@ -82,6 +85,7 @@ class Experiment:
   data: Data = TextData()
   objective: Objective = NextToken()
   optimizer: Optimizer = AdamW()
+  gradient: GradientFunction | None = None
   steps: int = 1000
   batch_size: int = 32
   accumulate: int = 1
@@ -107,6 +111,12 @@ class Experiment:
         f'batch_size {self.batch_size} does not divide into accumulate='
         f'{self.accumulate} parts; change one of them.'
       )
+    if self.accumulate > 1 and self.gradient is not None:
+      if not self.gradient.accumulates:
+        raise ValueError(
+          f'{type(self.gradient).__name__} of the parts of a batch does not '
+          'add up to that of the whole batch; set accumulate=1.'
+        )
     if self.non_finite not in ('stop', 'skip'):
       raise ValueError(
         f"non_finite must be 'stop' or 'skip', got {self.non_finite!r}."

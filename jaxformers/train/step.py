@@ -41,6 +41,7 @@ def train_step_of(
 
   The update is that of the whole batch whatever `accumulate` is. Metrics are
   float32 scalars: `loss`, each task if there are several, the objective's own,
+  `minimized` where `experiment.gradient` minimises something else than `loss`,
   `gradient_norm` before clipping, `learning_rate`, `targets` (how many were
   predicted) and `skipped` (updates skipped so far).
   """
@@ -109,7 +110,7 @@ def _gradients(experiment, state, batch, key):
     )
     return losses.total, losses
 
-  gradient = jax.grad(objective, has_aux=True)
+  gradient = _backward(experiment, objective)
   parts = experiment.accumulate
   if parts == 1:
     return gradient(state.params, state.statistics, batch, key)
@@ -135,6 +136,20 @@ def _gradients(experiment, state, batch, key):
   scale = 1 / jnp.maximum(weight, 1)
   gradients, tasks, metrics = jax.tree.map(lambda s: s * scale, sums)
   return gradients, Losses(tasks, metrics, statistics, weight)
+
+
+def _backward(experiment, objective):
+  """Returns `(params, *arguments) -> (gradients, losses)` of an objective."""
+  if experiment.gradient is None:
+    return jax.grad(objective, has_aux=True)
+  value_and_grad = experiment.gradient.value_and_grad(objective)
+
+  def gradient(*arguments):
+    (value, losses), gradients = value_and_grad(*arguments)
+    metrics = {**losses.metrics, 'minimized': value}
+    return gradients, losses._replace(metrics=metrics)
+
+  return gradient
 
 
 def _parts(array, parts):

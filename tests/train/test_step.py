@@ -220,3 +220,38 @@ def test_randomness_is_a_function_of_seed_and_step(tiny, tiny_model):
     for i in (0, 0, 1)
   ]
   assert losses[0] == losses[1] != losses[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubled:
+  """Minimises twice the loss."""
+
+  accumulates: bool = True
+
+  def value_and_grad(self, loss_fn):
+    def doubled(*arguments):
+      loss, aux = loss_fn(*arguments)
+      return 2 * loss, aux
+
+    return jax.value_and_grad(doubled, has_aux=True)
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_a_gradient_function_takes_the_place_of_the_gradient(tiny, accumulate):
+  experiment = tiny(accumulate=accumulate)
+  batch = uneven(first_batch(experiment, experiment.data.prepare().train))
+  state = fresh(experiment, batch)
+  doubled = dataclasses.replace(experiment, gradient=Doubled())
+  plain = jax.jit(train_step_of(experiment))(state, batch)[1]
+  metrics = jax.jit(train_step_of(doubled))(state, batch)[1]
+  assert 'minimized' not in plain
+  np.testing.assert_allclose(metrics['loss'], plain['loss'], rtol=1e-6)
+  np.testing.assert_allclose(metrics['minimized'], 2 * plain['loss'], rtol=1e-6)
+  np.testing.assert_allclose(
+    metrics['gradient_norm'], 2 * plain['gradient_norm'], rtol=1e-5
+  )
+
+
+def test_a_gradient_that_does_not_add_up_is_refused_in_parts(tiny):
+  with pytest.raises(ValueError, match='Doubled of the parts .* accumulate=1'):
+    tiny(accumulate=2, gradient=Doubled(accumulates=False))
