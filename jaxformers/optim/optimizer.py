@@ -1,5 +1,6 @@
 """Optimisers as configuration: frozen dataclasses that build optax chains."""
 
+from collections.abc import Callable
 import dataclasses
 import difflib
 import re
@@ -62,7 +63,7 @@ class AdamW:
       weight_decay=self.weight_decay,
       mask=weight_decay_mask,
     )
-    return _clipped(self.max_gradient_norm, adamw)
+    return clipped(self.max_gradient_norm, adamw)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +91,41 @@ class FromOptax:
       )
     rate = self.learning_rate.schedule(steps)
     optimizer = getattr(optax, self.name)(rate, **dict(self.options))
-    return _clipped(self.max_gradient_norm, optimizer)
+    return clipped(self.max_gradient_norm, optimizer)
 
 
-def _clipped(max_norm, optimizer):
+def clipped(
+  max_norm: float | None, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+  """Returns an optimiser whose gradients are clipped first.
+
+  Args:
+    max_norm: longer gradients are scaled down to it; None for never.
+    optimizer: gets the clipped gradients.
+  """
   if max_norm is None:
     return optax.with_extra_args_support(optimizer)
   return optax.chain(optax.clip_by_global_norm(max_norm), optimizer)
+
+
+def after_clipping(
+  inner: Optimizer,
+  steps: int,
+  wrap: Callable[
+    [optax.GradientTransformationExtraArgs], optax.GradientTransformation
+  ],
+) -> optax.GradientTransformationExtraArgs:
+  """Builds an optimiser and wraps it, but for its clipping, which comes first.
+
+  Args:
+    inner: the optimiser, with or without a `max_gradient_norm`.
+    steps: length of the run.
+    wrap: gets the optimiser without its clipping.
+  """
+  max_norm = getattr(inner, 'max_gradient_norm', None)
+  if max_norm is not None:
+    inner = dataclasses.replace(inner, max_gradient_norm=None)
+  return clipped(max_norm, wrap(inner.build(steps)))
 
 
 def dimension_letters(path: tuple[Any, ...]) -> str:
