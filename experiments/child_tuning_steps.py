@@ -129,9 +129,7 @@ class ChildTuningSteps(Study):
         for place, marker in zip(PLACES, 'os', strict=True):
           values = results.mean(variant, f'{name}, {place}')
           label = f'{variant}, {place} masked'
-          axes.plot(
-            self.fractions, values, marker, color=colour, label=label
-          )
+          axes.plot(self.fractions, values, marker, color=colour, label=label)
     for axes in (left, right):
       axes.axhline(1, color='0.85', linewidth=1, zorder=0)
       axes.set_xlabel('p, fraction that is kept')
@@ -158,9 +156,7 @@ def _adam(
   return make
 
 
-@functools.partial(
-  jax.jit, static_argnames=('make', 'size', 'steps', 'settle')
-)
+@functools.partial(jax.jit, static_argnames=('make', 'size', 'steps', 'settle'))
 def _walk(
   key: Array,
   signal: float,
@@ -185,9 +181,7 @@ def _walk(
 
   zero = jnp.zeros([])
   start = transform.init(jnp.zeros(size)), zero, zero
-  (_, mean, square), _ = jax.lax.scan(
-    step, start, jnp.arange(settle + steps)
-  )
+  (_, mean, square), _ = jax.lax.scan(step, start, jnp.arange(settle + steps))
   return mean, square - mean**2
 
 

@@ -27,6 +27,10 @@ TOY_STUDIES = {
   'attention_concentration': (
     'keys=16', 'queries=4', 'width=4', 'lengths=(0.5, 8.0)',
   ),
+  'child_tuning_steps': (
+    'signals=(1.0,)', 'tolerances=(0.01,)', 'fractions=(0.5,)', 'size=4',
+    'steps=20', 'settle=5',
+  ),
   'entropy_versus_length': (
     'lengths=(16, 32)', 'base=16', 'sigmas=(1.0, 3.0)', 'queries=4',
   ),
