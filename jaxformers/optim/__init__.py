@@ -8,6 +8,9 @@ from jaxformers.optim.fisher import fisher
 from jaxformers.optim.fisher import load_mask
 from jaxformers.optim.fisher import save_mask
 from jaxformers.optim.fisher import top_fraction_mask
+from jaxformers.optim.lora import LoRAPlus
+from jaxformers.optim.lora import lora_labels
+from jaxformers.optim.lora import lora_plus
 from jaxformers.optim.optimizer import AdamW
 from jaxformers.optim.optimizer import FromOptax
 from jaxformers.optim.schedule import Constant

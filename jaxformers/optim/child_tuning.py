@@ -35,7 +35,8 @@ from jaxformers.optim.fisher import check_fraction
 from jaxformers.optim.fisher import load_mask
 from jaxformers.optim.optimizer import AdamW
 from jaxformers.optim.optimizer import Optimizer
-from jaxformers.optim.optimizer import after_clipping
+from jaxformers.optim.optimizer import clipped
+from jaxformers.optim.optimizer import split_clipping
 from jaxformers.optim.schedule import Schedule
 
 
@@ -254,9 +255,8 @@ class ChildTuningF:
     link = child_tuning_f(self.p, jax.random.key(self.seed), coarse=self.coarse)
     if self.place == 'update':
       return optax.chain(self.inner.build(steps), link)
-    return after_clipping(
-      self.inner, steps, lambda optimizer: optax.chain(link, optimizer)
-    )
+    max_norm, inner = split_clipping(self.inner)
+    return clipped(max_norm, optax.chain(link, inner.build(steps)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,13 +286,11 @@ class ChildTuningD:
     return self.inner.learning_rate
 
   def build(self, steps: int) -> optax.GradientTransformationExtraArgs:
-    return after_clipping(
-      self.inner,
-      steps,
-      lambda optimizer: child_tuning_d(
-        lambda params: load_mask(self.mask, params),
-        optimizer,
-        rescale=self.rescale,
-        mask_decay=self.mask_decay,
-      ),
+    max_norm, inner = split_clipping(self.inner)
+    child = child_tuning_d(
+      lambda params: load_mask(self.mask, params),
+      inner.build(steps),
+      rescale=self.rescale,
+      mask_decay=self.mask_decay,
     )
+    return clipped(max_norm, child)

@@ -1,6 +1,5 @@
 """Optimisers as configuration: frozen dataclasses that build optax chains."""
 
-from collections.abc import Callable
 import dataclasses
 import difflib
 import re
@@ -108,24 +107,19 @@ def clipped(
   return optax.chain(optax.clip_by_global_norm(max_norm), optimizer)
 
 
-def after_clipping(
-  inner: Optimizer,
-  steps: int,
-  wrap: Callable[
-    [optax.GradientTransformationExtraArgs], optax.GradientTransformation
-  ],
-) -> optax.GradientTransformationExtraArgs:
-  """Builds an optimiser and wraps it, but for its clipping, which comes first.
+def split_clipping(optimizer: Optimizer) -> tuple[float | None, Optimizer]:
+  """Takes the clipping out of an optimiser, for those who change what follows.
 
   Args:
-    inner: the optimiser, with or without a `max_gradient_norm`.
-    steps: length of the run.
-    wrap: gets the optimiser without its clipping.
+    optimizer: with or without a `max_gradient_norm`.
+
+  Returns:
+    The norm that it clips to, None for none; and the optimiser without it.
   """
-  max_norm = getattr(inner, 'max_gradient_norm', None)
+  max_norm = getattr(optimizer, 'max_gradient_norm', None)
   if max_norm is not None:
-    inner = dataclasses.replace(inner, max_gradient_norm=None)
-  return clipped(max_norm, wrap(inner.build(steps)))
+    optimizer = dataclasses.replace(optimizer, max_gradient_norm=None)
+  return max_norm, optimizer
 
 
 def dimension_letters(path: tuple[Any, ...]) -> str:

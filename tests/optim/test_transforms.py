@@ -10,6 +10,7 @@ from jaxformers.optim import Constant
 from jaxformers.optim import FromOptax
 from jaxformers.optim import child_tuning_d
 from jaxformers.optim import child_tuning_f
+from jaxformers.optim import lora_plus
 from jaxformers.optim import transformers_adamw
 from jaxformers.testing import TransformCase
 from jaxformers.testing import TransformConformance
@@ -47,6 +48,10 @@ def fixed_child(learning_rate):
   )
 
 
+def two_rates(lr, ratio):
+  return lora_plus(optax.adam, lr, ratio)
+
+
 class TestTransforms(TransformConformance):
   cases = (
     TransformCase('adamw', adamw, (('learning_rate', 0.05), ('b1', 0.9))),
@@ -65,6 +70,7 @@ class TestTransforms(TransformConformance):
     TransformCase(
       'child_tuning_d', fixed_child, (('learning_rate', 0.05),), remains=0.5
     ),
+    TransformCase('lora_plus', two_rates, (('lr', 0.05), ('ratio', 2.0))),
   )
 
 
