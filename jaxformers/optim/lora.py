@@ -61,8 +61,9 @@ def lora_plus(
   `embed_lr`. A ratio of 1 is plain LoRA, but for embeddings. Clip the norm of
   the gradient in a link before this one: inside, it would be that of a group.
 
-  The ratio matters where `lora_out` begins as random numbers and `lora_in` at 0;
-  with the usual start, the other way round, a well-chosen `lr` does as well.
+  The ratio matters most where `lora_in` begins at 0. With the usual start, the
+  other way round, a well-chosen `lr` does nearly as well at ratios up to 30, and
+  100 is too large (`experiments/lora_plus_starts.py`).
 
   Source: Hayou et al., "LoRA+", 2024, arXiv 2402.12354, section 4; the ratio of
   16 and the rate of embeddings: github.com/nikhil-ghosh-berkeley/loraplus.

@@ -38,6 +38,13 @@ TOY_STUDIES = {
     'dot=(1.0,)', 'recommended=1.0', 'cosine=(10.0,)', 'keys=(16,)', 'width=8',
     'steps=2', 'batch_size=8',
   ),
+  'lora_plus_ratio': (
+    'shapes=((8, 8), (8, 4))', 'ranks=(2,)', 'rows=2', 'repeats=2',
+  ),
+  'lora_plus_starts': (
+    'widths=(8,)', 'judged=8', 'exponents=(-6, -5, -4, -3, -2)', 'rank=2',
+    'steps=10', 'batch_size=4',
+  ),
 }  # fmt: skip
 
 
