@@ -3,6 +3,7 @@
 from jaxformers.train.baseline import NGram
 from jaxformers.train.experiment import Experiment
 from jaxformers.train.experiment import Preview
+from jaxformers.train.experiment import Start
 from jaxformers.train.gradient import GradientFunction
 from jaxformers.train.loop import train
 from jaxformers.train.objective import Losses
@@ -11,6 +12,7 @@ from jaxformers.train.objective import Objective
 from jaxformers.train.report import Report
 from jaxformers.train.report import read_report
 from jaxformers.train.reproduction import reproduce
+from jaxformers.train.run import FromRun
 from jaxformers.train.run import Run
 from jaxformers.train.run import open_run
 from jaxformers.train.sharding import MeshShape
