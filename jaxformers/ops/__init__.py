@@ -68,6 +68,13 @@ from jaxformers.ops.linear_attention import LinearMemory
 from jaxformers.ops.linear_attention import linear_attention
 from jaxformers.ops.linear_attention import retention
 from jaxformers.ops.linear_attention import retention_log_decay
+from jaxformers.ops.lora import Factors
+from jaxformers.ops.lora import LowRank
+from jaxformers.ops.lora import lora_apply
+from jaxformers.ops.lora import lora_factors
+from jaxformers.ops.lora import lora_init
+from jaxformers.ops.lora import lora_merge
+from jaxformers.ops.lora import lora_unmerge
 from jaxformers.ops.masks import Both
 from jaxformers.ops.masks import Causal
 from jaxformers.ops.masks import Dense

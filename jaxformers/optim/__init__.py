@@ -7,6 +7,10 @@ from jaxformers.optim.bounds import average_regret_bound
 from jaxformers.optim.bounds import last_iterate_bound
 from jaxformers.optim.bounds import last_iterate_bound_never_rising
 from jaxformers.optim.bounds import weighted_average_bound
+from jaxformers.optim.child_tuning import ChildTuningD
+from jaxformers.optim.child_tuning import ChildTuningF
+from jaxformers.optim.child_tuning import child_tuning_d
+from jaxformers.optim.child_tuning import child_tuning_f
 from jaxformers.optim.descent import AdaGradNorm
 from jaxformers.optim.descent import Averaged
 from jaxformers.optim.descent import InBall
@@ -21,6 +25,10 @@ from jaxformers.optim.exponentiated_gradient import PlusMinusState
 from jaxformers.optim.exponentiated_gradient import eg_plus_minus
 from jaxformers.optim.exponentiated_gradient import exponentiate_updates
 from jaxformers.optim.exponentiated_gradient import exponentiated_gradient
+from jaxformers.optim.fisher import fisher
+from jaxformers.optim.fisher import load_mask
+from jaxformers.optim.fisher import save_mask
+from jaxformers.optim.fisher import top_fraction_mask
 from jaxformers.optim.flood import Flooded
 from jaxformers.optim.flood import Flooding
 from jaxformers.optim.flood import flood
@@ -34,6 +42,9 @@ from jaxformers.optim.learning_rates import inv_sqrt
 from jaxformers.optim.learning_rates import linear_decay
 from jaxformers.optim.learning_rates import refined_from_grad_norms
 from jaxformers.optim.learning_rates import smoothed
+from jaxformers.optim.lora import LoRAPlus
+from jaxformers.optim.lora import lora_labels
+from jaxformers.optim.lora import lora_plus
 from jaxformers.optim.optimizer import AdamW
 from jaxformers.optim.optimizer import FromOptax
 from jaxformers.optim.schedule import Constant
@@ -48,3 +59,5 @@ from jaxformers.optim.step_size import ScaleState
 from jaxformers.optim.step_size import adapt_gains
 from jaxformers.optim.step_size import adapt_scale
 from jaxformers.optim.step_size import adapt_step_size
+from jaxformers.optim.transformers_adamw import TransformersAdamW
+from jaxformers.optim.transformers_adamw import transformers_adamw

@@ -3,6 +3,7 @@
 from jaxformers.train.baseline import NGram
 from jaxformers.train.experiment import Experiment
 from jaxformers.train.experiment import Preview
+from jaxformers.train.experiment import Start
 from jaxformers.train.gradient import GradientFunction
 from jaxformers.train.last_tokens import LastTokens
 from jaxformers.train.last_tokens import evaluate_last_tokens
@@ -13,6 +14,7 @@ from jaxformers.train.objective import Objective
 from jaxformers.train.report import Report
 from jaxformers.train.report import read_report
 from jaxformers.train.reproduction import reproduce
+from jaxformers.train.run import FromRun
 from jaxformers.train.run import Run
 from jaxformers.train.run import open_run
 from jaxformers.train.sharding import MeshShape

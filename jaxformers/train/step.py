@@ -31,7 +31,12 @@ def init_state(experiment: Experiment, batch: Batch) -> TrainState:
   optimizer = experiment.optimizer.build(experiment.steps)
   zero = jnp.zeros([], jnp.int32)
   return TrainState(
-    zero, params, variables, optimizer.init(params), jnp.copy(zero)
+    step=zero,
+    params=params,
+    frozen=variables.pop('frozen', None),
+    statistics=variables,
+    optimizer_state=optimizer.init(params),
+    skipped=jnp.copy(zero),
   )
 
 
@@ -82,7 +87,9 @@ def train_step_of(
 def _unless(finite, new, old):
   """Returns `new`, or `old` with one more skipped step if not finite."""
   kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-  return kept._replace(skipped=old.skipped + jnp.where(finite, 0, 1))
+  return kept._replace(
+    skipped=old.skipped + jnp.where(finite, 0, 1), frozen=new.frozen
+  )
 
 
 def evaluate_step_of(
@@ -106,7 +113,7 @@ def _gradients(experiment, state, batch, key):
   def objective(params, statistics, part, key):
     losses = experiment.objective.loss(
       experiment.model,
-      {'params': params, **statistics},
+      {**state.variables, 'params': params, **statistics},
       part,
       key,
       deterministic=False,

@@ -33,6 +33,10 @@ TOY_STUDIES = {
   'attention_concentration': (
     'keys=16', 'queries=4', 'width=4', 'lengths=(0.5, 8.0)',
   ),
+  'child_tuning_steps': (
+    'signals=(1.0,)', 'tolerances=(0.01,)', 'fractions=(0.5,)', 'size=4',
+    'steps=20', 'settle=5',
+  ),
   'entropy_versus_length': (
     'lengths=(16, 32)', 'base=16', 'sigmas=(1.0, 3.0)', 'queries=4',
   ),
@@ -52,6 +56,13 @@ TOY_STUDIES = {
     'rates=(0.1,)', 'mistuned=0.1', 'tuned=0.1', 'steps=4', 'width=2',
   ),
   'sparse_targets': ('inputs=4', 'steps=4'),
+  'lora_plus_ratio': (
+    'shapes=((8, 8), (8, 4))', 'ranks=(2,)', 'rows=2', 'repeats=2',
+  ),
+  'lora_plus_starts': (
+    'widths=(8,)', 'judged=8', 'exponents=(-6, -5, -4, -3, -2)', 'rank=2',
+    'steps=10', 'batch_size=4',
+  ),
 }  # fmt: skip
 
 

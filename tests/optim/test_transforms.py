@@ -17,10 +17,14 @@ from jaxformers.optim import ExponentiatedGradient
 from jaxformers.optim import FromOptax
 from jaxformers.optim import adagrad_norm
 from jaxformers.optim import adapt_step_size
+from jaxformers.optim import child_tuning_d
+from jaxformers.optim import child_tuning_f
 from jaxformers.optim import eg_plus_minus
 from jaxformers.optim import exponentiated_gradient
 from jaxformers.optim import flood
+from jaxformers.optim import lora_plus
 from jaxformers.optim import project_l2_ball
+from jaxformers.optim import transformers_adamw
 from jaxformers.testing import TransformCase
 from jaxformers.testing import TransformConformance
 from jaxformers.testing.transforms import Bench
@@ -74,6 +78,32 @@ def flooded(level):
 def with_fixed_signs(x):
   signs = (-1.0) ** np.arange(x.size).reshape(x.shape)
   return jnp.exp(x) * signs
+
+
+def child_tuning(p, learning_rate):
+  link = child_tuning_f(p, jax.random.key(0))
+  return optax.chain(link, optax.adam(learning_rate))
+
+
+def update_dropout(p, learning_rate):
+  link = child_tuning_f(p, jax.random.key(0), coarse=True)
+  return optax.chain(optax.adam(learning_rate), link)
+
+
+def first_rows(params):
+  return jax.tree.map(
+    lambda p: jnp.arange(p.size).reshape(p.shape) < 0.9 * p.size, params
+  )
+
+
+def fixed_child(learning_rate):
+  return child_tuning_d(
+    first_rows, optax.adamw(learning_rate), rescale=True, mask_decay=True
+  )
+
+
+def two_rates(lr, ratio):
+  return lora_plus(optax.adam, lr, ratio)
 
 
 class TestTransforms(TransformConformance):
@@ -134,6 +164,21 @@ class TestTransforms(TransformConformance):
     ),
     TransformCase('monitored_adam', monitored_adam, (('learning_rate', 0.05),)),
     TransformCase('flooded', flooded, (('level', 0.1),)),
+    TransformCase(
+      'transformers_adamw',
+      transformers_adamw,
+      (('learning_rate', 0.05), ('b2', 0.95), ('weight_decay', 1e-3)),
+    ),
+    TransformCase(
+      'child_tuning_f', child_tuning, (('p', 0.5), ('learning_rate', 0.05))
+    ),
+    TransformCase(
+      'update_dropout', update_dropout, (('p', 0.5), ('learning_rate', 0.05))
+    ),
+    TransformCase(
+      'child_tuning_d', fixed_child, (('learning_rate', 0.05),), remains=0.5
+    ),
+    TransformCase('lora_plus', two_rates, (('lr', 0.05), ('ratio', 2.0))),
   )
 
 

@@ -1,0 +1,56 @@
+"""The first state of a run, taken from another if it says so."""
+
+from typing import Any
+
+import jax
+
+from jaxformers.train.checkpoint import kinds_of
+from jaxformers.train.program import Program
+from jaxformers.train.state import TrainState
+
+
+def first_state(program: Program) -> TrainState:
+  """Returns the state before the first step.
+
+  Args:
+    program: of the run.
+
+  Raises:
+    ValueError: if the variables it shall begin with do not fit its model.
+  """
+  state, start = program.init(), program.experiment.start
+  if start is None:
+    return state
+  base = start.variables()
+  adopt = getattr(program.experiment.model, 'adopt', _take_over)
+  _check(jax.eval_shape(adopt, state.variables, base), state.variables, start)
+  optimizer = program.experiment.optimizer.build(program.experiment.steps)
+
+  def begin(state, base):
+    variables = dict(adopt(state.variables, base))
+    params = variables.pop('params')
+    return state._replace(
+      params=params,
+      frozen=variables.pop('frozen', None),
+      statistics=variables,
+      optimizer_state=optimizer.init(params),
+    )
+
+  places = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
+  return jax.jit(begin, out_shardings=places)(state, base)
+
+
+def _take_over(variables, base):
+  return {**variables, **base}
+
+
+def _check(found: Any, wanted: Any, start: Any) -> None:
+  """Raises unless two trees have the same names, shapes and dtypes."""
+  there, here = kinds_of(found), kinds_of(wanted)
+  for name in sorted(there | here):
+    if there.get(name) != here.get(name):
+      raise ValueError(
+        f'the model cannot begin with {start}: {name} is '
+        f'{there.get(name, "absent")} there and {here.get(name, "absent")} '
+        'here. Use the model of that run, or wrap it as it is.'
+      )
