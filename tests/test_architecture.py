@@ -122,12 +122,23 @@ NO_SOURCE = {
   'LinearAttended', 'LinearAttentionState', 'LinearMemory', 'Recurred',
   'Reread', 'RetentionState', 'TokenLayer', 'PlusMinusState', 'GainState',
   'ScaleState',
+  'AggregateState', 'GramWeighting',
+  'Multitask', 'Scalarizer', 'StackedCombination', 'Stateless',
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
   'package',
-  ['ops', 'nn', 'nn.mixers', 'optim', 'losses', 'models', 'diagnostics'],
+  [
+    'ops',
+    'nn',
+    'nn.mixers',
+    'optim',
+    'optim.tasks',
+    'losses',
+    'models',
+    'diagnostics',
+  ],  # fmt: skip
 )
 def test_public_parts_name_their_source(package):
   for name, value in public_symbols(package):

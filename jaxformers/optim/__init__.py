@@ -61,3 +61,5 @@ from jaxformers.optim.step_size import adapt_scale
 from jaxformers.optim.step_size import adapt_step_size
 from jaxformers.optim.transformers_adamw import TransformersAdamW
 from jaxformers.optim.transformers_adamw import transformers_adamw
+from jaxformers.optim.tuning_free_l2 import TuningFreeL2
+from jaxformers.optim.tuning_free_l2 import tuning_free_l2

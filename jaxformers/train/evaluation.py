@@ -27,22 +27,29 @@ def evaluate(
 
   Returns:
     `loss` (nats per target), each task and metric by its name, `targets`, and
-    `bits_per_byte` where `bytes_per_token` is given.
+    `bits_per_byte` where `bytes_per_token` is given. Tasks that have numbers of
+    targets of their own are averaged over those.
   """
   sums: dict[str, float] = {}
-  weight = 0.0
+  weights: dict[str, float] = {}
+  targets = 0.0
   # One batch behind the device, so that it never waits for the addition.
   for losses in _one_behind(evaluate_step(state, batch) for batch in batches):
-    weight += (own := float(losses.weight))
+    targets += float(losses.weight)
+    own = losses.task_weights or {}
     for name, value in _named(losses).items():
-      sums[name] = sums.get(name, 0.0) + own * float(value)
-  if not weight:
+      weight = float(own.get(name, losses.weight))
+      weights[name] = weights.get(name, 0.0) + weight
+      sums[name] = sums.get(name, 0.0) + weight * float(value)
+  if not targets:
     raise ValueError('there was nothing to predict in the held-out batches.')
-  means = {name: total / weight for name, total in sums.items()}
+  means = {name: total / (weights[name] or 1) for name, total in sums.items()}
+  if own:
+    means['loss'] = sum(means[name] for name in losses.tasks)
   if bytes_per_token is not None and 'cross_entropy' in means:
     nats = means['cross_entropy']
     means['bits_per_byte'] = nats / math.log(2) / bytes_per_token
-  return {**means, 'targets': weight}
+  return {**means, 'targets': targets}
 
 
 def _one_behind(results):

@@ -10,6 +10,7 @@ from jaxformers.data import Prepared
 from jaxformers.data import TextData
 from jaxformers.optim.optimizer import AdamW
 from jaxformers.optim.optimizer import Optimizer
+from jaxformers.optim.tasks import TaskCombiner
 from jaxformers.train.baseline import Baseline
 from jaxformers.train.gradient import GradientFunction
 from jaxformers.train.objective import NextToken
@@ -73,6 +74,8 @@ class Experiment:
     model: the model.
     data: where batches come from.
     objective: what is minimised.
+    tasks: what combines the tasks of the objective; None for the sum of their
+      losses.
     optimizer: how.
     gradient: what takes the place of the gradient of the loss, such as that of a
       penalised one; None for the gradient itself.
@@ -99,6 +102,7 @@ class Experiment:
   model: nn.Module
   data: Data = TextData()
   objective: Objective = NextToken()
+  tasks: TaskCombiner | None = None
   optimizer: Optimizer = AdamW()
   gradient: GradientFunction | None = None
   start: Start | None = None
@@ -127,12 +131,7 @@ class Experiment:
         f'batch_size {self.batch_size} does not divide into accumulate='
         f'{self.accumulate} parts; change one of them.'
       )
-    if self.accumulate > 1 and self.gradient is not None:
-      if not self.gradient.accumulates:
-        raise ValueError(
-          f'{type(self.gradient).__name__} of the parts of a batch does not '
-          'add up to that of the whole batch; set accumulate=1.'
-        )
+    _check_gradients(self)
     if self.non_finite not in ('stop', 'skip'):
       raise ValueError(
         f"non_finite must be 'stop' or 'skip', got {self.non_finite!r}."
@@ -143,3 +142,25 @@ def _at_least(experiment, name, least):
   value = getattr(experiment, name)
   if value < least:
     raise ValueError(f'{name} must be at least {least}, got {value}.')
+
+
+def _check_gradients(experiment):
+  """Raises if the parts of a run that make gradients do not go together."""
+  gradient, tasks = experiment.gradient, experiment.tasks
+  in_parts = experiment.accumulate > 1
+  if gradient is not None and tasks is not None:
+    raise ValueError(
+      f'{type(gradient).__name__} is the gradient of one loss, and tasks '
+      'combines those of several; set one of gradient and tasks to None.'
+    )
+  if in_parts and gradient is not None and not gradient.accumulates:
+    raise ValueError(
+      f'{type(gradient).__name__} of the parts of a batch does not add up to '
+      'that of the whole batch; set accumulate=1.'
+    )
+  if in_parts and tasks is not None and tasks.mode == 'gram_then_backward':
+    raise ValueError(
+      'weights of tasks need the gradients of the whole batch: with accumulate='
+      f"{experiment.accumulate}, set tasks.mode='stacked', which holds them for "
+      'all tasks, or accumulate=1.'
+    )

@@ -28,12 +28,16 @@ class Losses(NamedTuple):
     weight: float32 `[]`, how many targets the losses are means over. Gradient
       accumulation and evaluation weigh batches by it, so that every target
       counts alike wherever it fell.
+    task_weights: the same for each task, where tasks have numbers of targets of
+      their own; 0 for those of which the batch has nothing, whose losses are
+      any finite number. None if every task has `weight`.
   """
 
   tasks: dict[str, Float[Array, '']]
   metrics: dict[str, Float[Array, '']]
   variables: Variables
   weight: Float[Array, '']
+  task_weights: dict[str, Float[Array, '']] | None = None
 
   @property
   def total(self) -> Float[Array, '']:

@@ -32,6 +32,7 @@ PACKAGES = (
   'jaxformers.models',
   'jaxformers.losses',
   'jaxformers.optim',
+  'jaxformers.optim.tasks',
   'jaxformers.data',
   'jaxformers.text',
   'jaxformers.decode',

@@ -22,6 +22,7 @@ class TrainState(NamedTuple):
     frozen: the collection of variables that no step changes, such as the
       parameters of a model whose adapters are trained; None if there is none.
       It is saved once per run.
+    tasks: state of what combines tasks; empty where nothing does.
   """
 
   step: Int[Array, '']
@@ -30,6 +31,7 @@ class TrainState(NamedTuple):
   optimizer_state: optax.OptState
   skipped: Int[Array, '']
   frozen: Any = None
+  tasks: Any = ()
 
   @property
   def variables(self) -> dict[str, Any]:

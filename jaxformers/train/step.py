@@ -12,7 +12,10 @@ from jaxformers.diagnostics.alignment import measurements_of
 from jaxformers.train.experiment import Experiment
 from jaxformers.train.objective import Batch
 from jaxformers.train.objective import Losses
+from jaxformers.train.parts import parts_of
 from jaxformers.train.state import TrainState
+from jaxformers.train.tasks import start_tasks
+from jaxformers.train.tasks import task_gradients
 
 Metrics = dict[str, Array]
 
@@ -29,6 +32,12 @@ def init_state(experiment: Experiment, batch: Batch) -> TrainState:
   variables = experiment.objective.init(experiment.model, key, batch)
   params = variables.pop('params')
   optimizer = experiment.optimizer.build(experiment.steps)
+  tasks = ()
+  if experiment.tasks is not None:
+    losses = jax.eval_shape(
+      _losses_of(experiment), params, variables, batch, key
+    )
+    tasks = start_tasks(experiment.tasks, losses, params)
   zero = jnp.zeros([], jnp.int32)
   return TrainState(
     step=zero,
@@ -37,6 +46,7 @@ def init_state(experiment: Experiment, batch: Batch) -> TrainState:
     statistics=variables,
     optimizer_state=optimizer.init(params),
     skipped=jnp.copy(zero),
+    tasks=tasks,
   )
 
 
@@ -47,6 +57,7 @@ def train_step_of(
 
   The update is that of the whole batch whatever `accumulate` is. Metrics are
   float32 scalars: `loss`, each task if there are several, the objective's own,
+  those of `experiment.tasks` (`weight/TASK`, `cosine/TASK/TASK`, ...),
   `minimized` where `experiment.gradient` minimises something else than `loss`,
   `gradient_norm` before clipping, `learning_rate`, `targets` (how many were
   predicted) and `skipped` (updates skipped so far), and what the optimiser
@@ -57,7 +68,7 @@ def train_step_of(
 
   def train_step(state, batch):
     key = jax.random.fold_in(jax.random.key(experiment.seed), state.step + 1)
-    gradients, losses = _gradients(experiment, state, batch, key)
+    gradients, losses, tasks = _gradients(experiment, state, batch, key)
     norm = optax.tree.norm(gradients)
     updates, optimizer_state = optimizer.update(
       gradients, state.optimizer_state, state.params, value=losses.total
@@ -66,6 +77,7 @@ def train_step_of(
       params=optax.apply_updates(state.params, updates),
       statistics={**state.statistics, **losses.variables},
       optimizer_state=optimizer_state,
+      tasks=tasks,
     )
     if experiment.non_finite == 'skip':
       new = _unless(jnp.isfinite(losses.total + norm), new, state)
@@ -107,23 +119,33 @@ def evaluate_step_of(
   return evaluate_step
 
 
+def _losses_of(experiment, frozen=None):
+  """Returns the objective as a function of parameters, batch and key."""
+  fixed = {} if frozen is None else {'frozen': frozen}
+
+  def losses_of(params, statistics, batch, key):
+    variables = {'params': params, **fixed, **statistics}
+    return experiment.objective.loss(
+      experiment.model, variables, batch, key, deterministic=False
+    )
+
+  return losses_of
+
+
 def _gradients(experiment, state, batch, key):
-  """Returns gradients and losses of the whole batch, part by part."""
+  """Returns gradients, losses of the whole batch, and the state of tasks."""
+  losses_of = _losses_of(experiment, state.frozen)
+  parts = experiment.accumulate
+  if experiment.tasks is not None:
+    return task_gradients(experiment.tasks, losses_of, state, batch, key, parts)
 
   def objective(params, statistics, part, key):
-    losses = experiment.objective.loss(
-      experiment.model,
-      {**state.variables, 'params': params, **statistics},
-      part,
-      key,
-      deterministic=False,
-    )
+    losses = losses_of(params, statistics, part, key)
     return losses.total, losses
 
   gradient = _backward(experiment, objective)
-  parts = experiment.accumulate
   if parts == 1:
-    return gradient(state.params, state.statistics, batch, key)
+    return *gradient(state.params, state.statistics, batch, key), state.tasks
 
   def add(carry, part_and_index):
     part, index = part_and_index
@@ -136,7 +158,7 @@ def _gradients(experiment, state, batch, key):
     statistics = {**statistics, **losses.variables}
     return (statistics, sums, weight + losses.weight), None
 
-  cut = jax.tree.map(lambda a: _parts(a, parts), batch)
+  cut = parts_of(batch, parts)
   first = jax.tree.map(lambda a: a[0], cut)
   zeros = _zeros_like_result(gradient, state, first, key)
   carry = state.statistics, zeros, jnp.zeros([], jnp.float32)
@@ -145,7 +167,8 @@ def _gradients(experiment, state, batch, key):
   )
   scale = 1 / jnp.maximum(weight, 1)
   gradients, tasks, metrics = jax.tree.map(lambda s: s * scale, sums)
-  return gradients, Losses(tasks, metrics, statistics, weight)
+  losses = Losses(tasks, metrics, statistics, weight)
+  return gradients, losses, state.tasks
 
 
 def _backward(experiment, objective):
@@ -162,19 +185,15 @@ def _backward(experiment, objective):
   return gradient
 
 
-def _parts(array, parts):
-  """Cuts `[B, ...]` into `[parts, B / parts, ...]`, each over all devices.
-
-  Rows are dealt out in turn, so that a part of a batch that is sharded in
-  contiguous pieces has rows on every device and none has to move.
-  """
-  dealt = array.reshape(array.shape[0] // parts, parts, *array.shape[1:])
-  return dealt.swapaxes(0, 1)
-
-
 def _zeros_like_result(gradient, state, part, key) -> Any:
   gradients, losses = jax.eval_shape(
     gradient, state.params, state.statistics, part, key
   )
+  if losses.task_weights is not None:
+    raise ValueError(
+      'tasks with numbers of targets of their own do not add up over parts of '
+      'a batch; set tasks=TaskCombiner(Equal(), mode="stacked"), or another '
+      'weighting, or accumulate=1.'
+    )
   shapes = gradients, losses.tasks, losses.metrics
   return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)

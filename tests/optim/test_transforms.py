@@ -15,6 +15,7 @@ from jaxformers.optim import Averaged
 from jaxformers.optim import Constant
 from jaxformers.optim import ExponentiatedGradient
 from jaxformers.optim import FromOptax
+from jaxformers.optim import TuningFreeL2
 from jaxformers.optim import adagrad_norm
 from jaxformers.optim import adapt_step_size
 from jaxformers.optim import child_tuning_d
@@ -25,6 +26,11 @@ from jaxformers.optim import flood
 from jaxformers.optim import lora_plus
 from jaxformers.optim import project_l2_ball
 from jaxformers.optim import transformers_adamw
+from jaxformers.optim.tasks import MGDA
+from jaxformers.optim.tasks import GradDrop
+from jaxformers.optim.tasks import PCGrad
+from jaxformers.optim.tasks import aggregate_tasks
+from jaxformers.optim.tasks import normalize_task_gradients
 from jaxformers.testing import TransformCase
 from jaxformers.testing import TransformConformance
 from jaxformers.testing.transforms import Bench
@@ -106,6 +112,22 @@ def two_rates(lr, ratio):
   return lora_plus(optax.adam, lr, ratio)
 
 
+def combined(combination, learning_rate):
+  return optax.chain(
+    aggregate_tasks(combination, tasks=2), optax.sgd(learning_rate)
+  )
+
+
+def normalized(learning_rate, eps):
+  return optax.chain(normalize_task_gradients(eps), optax.adam(learning_rate))
+
+
+def shrinking(learning_rate, scope='global'):
+  optimizer = AdamW(Constant(learning_rate), weight_decay=0.0)
+  decoupled = scope == 'tensor'
+  return TuningFreeL2(optimizer, scope, decoupled).build(200)
+
+
 class TestTransforms(TransformConformance):
   cases = (
     TransformCase('adamw', adamw, (('learning_rate', 0.05), ('b1', 0.9))),
@@ -179,6 +201,35 @@ class TestTransforms(TransformConformance):
       'child_tuning_d', fixed_child, (('learning_rate', 0.05),), remains=0.5
     ),
     TransformCase('lora_plus', two_rates, (('lr', 0.05), ('ratio', 2.0))),
+    *(
+      TransformCase(
+        f'tasks_by_{type(combination).__name__}',
+        functools.partial(combined, combination),
+        (('learning_rate', rate),),
+        tasks=2,
+      )
+      for combination, rate in (
+        (MGDA(), 0.2),
+        (PCGrad(), 0.06),
+        (GradDrop(), 0.06),
+      )
+    ),
+    TransformCase(
+      'normalized_tasks',
+      normalized,
+      (('learning_rate', 0.05), ('eps', 1e-8)),
+      tasks=3,
+    ),
+    # What must not grow longer does not come near every target.
+    TransformCase(
+      'tuning_free_l2', shrinking, (('learning_rate', 0.05),), remains=0.5
+    ),
+    TransformCase(
+      'tuning_free_l2_decoupled',
+      functools.partial(shrinking, scope='tensor'),
+      (('learning_rate', 0.05),),
+      remains=0.5,
+    ),
   )
 
 
