@@ -123,10 +123,7 @@ def test_an_experiment_says_what_it_expects(path):
     assert word in text
 
 
-def test_the_train_step_benchmark_measures(small_text, monkeypatch):
-  monkeypatch.syspath_prepend(str(ROOT))
-  from experiments.benchmarks import train_step
-
+def toy_main_job(small_text):
   experiment = load(ROOT / 'experiments' / 'lm.py').experiment()
   block = experiment.model.stack.block
   block = block.clone(
@@ -134,17 +131,34 @@ def test_the_train_step_benchmark_measures(small_text, monkeypatch):
     feedforward=block.feedforward.clone(hidden=16),
   )
   stack = experiment.model.stack.clone(block=block, depth=1)
-  toy = dataclasses.replace(
+  return dataclasses.replace(
     experiment,
     model=experiment.model.clone(width=16, stack=stack),
     data=TextData(path=small_text, length=16),
     batch_size=8,
   )
+
+
+def test_the_train_step_benchmark_measures(small_text, monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT))
+  from experiments.benchmarks import train_step
+
+  toy = toy_main_job(small_text)
   results = train_step.measure(toy, rounds=2, size=64, depths=(1, 2))
   assert 0 < results['fraction_of_peak'] < 1
   for name in ('tokens_per_second', 'speed_relative_to_flax', 'compile_ratio'):
     assert results[name] > 0
   assert results['fraction_outside_xla'] < 1
+
+
+def test_the_child_tuning_benchmark_measures(small_text, monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT))
+  from experiments.benchmarks import child_tuning
+
+  toy = toy_main_job(small_text)
+  results = child_tuning.measure(toy, rounds=1, update_rounds=1)
+  for what in ('step', 'update'):
+    assert results[f'child_tuning_{what}_relative_to_adamw'] > 0
 
 
 def test_the_attention_benchmark_measures(monkeypatch):
