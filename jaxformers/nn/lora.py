@@ -3,7 +3,8 @@
 The factors join a model without a change to its code: each of them is put beside
 its matrix among the parameters, where scanning, rematerialising and splitting
 carry it along, and the layer's call is intercepted to add what the factors give.
-No whole matrix of changes, nor a gradient of one, is ever made.
+No whole matrix of changes, nor a gradient of one, is made, but for a table of
+embeddings that the head shares.
 """
 
 from collections.abc import Callable, Mapping
@@ -257,9 +258,8 @@ def _dense_general(module: nn.DenseGeneral):
 @low_rank_layer.register
 def _einsum(module: nn.Einsum):
   def change(call):
-    given = call.kwargs.get('einsum_str', call.args[1:2] or None)
-    given = given[0] if isinstance(given, tuple) else given
-    equation = (given or module.einsum_str).replace(' ', '')
+    given = *call.args[1:], call.kwargs.get('einsum_str'), module.einsum_str
+    equation = next(filter(None, given)).replace(' ', '')
     x, kernel, out = equation.replace('->', ',').split(',')
     rank = next(c for c in 'rstuvwxyz' if c not in equation)
     inputs = ''.join(c for c in kernel if c in x and c not in out)

@@ -29,6 +29,7 @@ from jaxformers.train.progress import Progress
 from jaxformers.train.run import Run
 from jaxformers.train.run_directory import RunDirectory
 from jaxformers.train.start import first_state
+from jaxformers.train.start import starting_variables
 from jaxformers.train.state import TrainState
 from jaxformers.train.step import Metrics
 
@@ -58,6 +59,7 @@ def train(
   # Everything that can be wrong with the experiment, before a file is made.
   record = records.to_record(experiment)
   program = build(experiment, experiment.data.prepare())
+  base = None if directory.exists else starting_variables(program)
   with directory.locked(process):
     directory.prepare(
       record, device=jax.devices()[0].device_kind, process=process
@@ -76,7 +78,11 @@ def train(
       # `experiment.start` gives; 3. afresh.
       abstract = program.abstract_state
       restored = checkpoints.restore('latest', without_frozen(abstract))
-      state = restored.state if restored else first_state(program)
+      if restored:
+        state = restored.state
+      else:
+        state = first_state(program, base or starting_variables(program))
+      del base  # Not needed any more, and as large as the model.
       state = with_frozen(state, abstract, directory)
       first = int(state.step)
       say(_opening(program, directory, first))

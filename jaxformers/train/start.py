@@ -9,21 +9,34 @@ from jaxformers.train.program import Program
 from jaxformers.train.state import TrainState
 
 
-def first_state(program: Program) -> TrainState:
-  """Returns the state before the first step.
+def starting_variables(program: Program) -> dict[str, Any] | None:
+  """Reads what a run begins with, None if that is for the seed to say.
 
   Args:
     program: of the run.
 
   Raises:
-    ValueError: if the variables it shall begin with do not fit its model.
+    ValueError: if the variables do not fit the model.
   """
-  state, start = program.init(), program.experiment.start
+  start = program.experiment.start
   if start is None:
+    return None
+  base, own = start.variables(), program.abstract_state.variables
+  _check(jax.eval_shape(_adopt(program), own, base), own, start)
+  return base
+
+
+def first_state(program: Program, base: dict[str, Any] | None) -> TrainState:
+  """Returns the state before the first step.
+
+  Args:
+    program: of the run.
+    base: what `starting_variables` gave.
+  """
+  state = program.init()
+  if base is None:
     return state
-  base = start.variables()
-  adopt = getattr(program.experiment.model, 'adopt', _take_over)
-  _check(jax.eval_shape(adopt, state.variables, base), state.variables, start)
+  adopt = _adopt(program)
   optimizer = program.experiment.optimizer.build(program.experiment.steps)
 
   def begin(state, base):
@@ -40,8 +53,9 @@ def first_state(program: Program) -> TrainState:
   return jax.jit(begin, out_shardings=places)(state, base)
 
 
-def _take_over(variables, base):
-  return {**variables, **base}
+def _adopt(program):
+  take_over = lambda variables, base: {**variables, **base}
+  return getattr(program.experiment.model, 'adopt', take_over)
 
 
 def _check(found: Any, wanted: Any, start: Any) -> None:

@@ -185,6 +185,15 @@ def test_the_step_size_benchmark_measures(toy_experiment, monkeypatch):
     assert results[name]['scale_and_gains'] > 0
 
 
+def test_the_child_tuning_benchmark_measures(toy_experiment, monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT))
+  from experiments.benchmarks import child_tuning
+
+  results = child_tuning.measure(toy_experiment, rounds=1, update_rounds=1)
+  for what in ('step', 'update'):
+    assert results[f'child_tuning_{what}_relative_to_adamw'] > 0
+
+
 def test_the_attention_benchmark_measures(monkeypatch):
   monkeypatch.syspath_prepend(str(ROOT))
   from experiments.benchmarks import attention

@@ -100,9 +100,9 @@ def test_factored_layers_compute_what_merged_ones_do(name):
 
     # One pass gives both outputs and both gradients.
     gradients, (a, b) = jax.jit(jax.jacrev(both, has_aux=True))(adapters)
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
     for gradient in jax.tree.leaves(gradients):
-      np.testing.assert_allclose(*gradient, rtol=1e-4, atol=1e-5)
+      np.testing.assert_allclose(*gradient, rtol=1e-5, atol=1e-5)
       assert gradient.any()
     plain = jax.jit(model.apply)(variables, TOKENS)
     assert abs(a - first_of(plain)).max() > 1e-3

@@ -112,16 +112,23 @@ def test_without_rescaling_kept_entries_stay_as_they_are():
   np.testing.assert_array_equal(np.unique(masked), [0, 3])
 
 
-def test_masks_are_the_same_on_every_mesh():
-  transform = child_tuning_f(0.5, KEY)
+@pytest.mark.parametrize('coarse', [False, True])
+def test_masks_are_the_same_on_every_mesh_and_drawn_without_communication(
+  coarse,
+):
+  transform = child_tuning_f(0.5, KEY, coarse=coarse)
   g = jnp.ones((16, 8))
   expected, _ = jax.jit(transform.update)(g, transform.init(g))
   for shape in ((8, 1), (2, 4)):
     mesh = jax.make_mesh(shape, ('a', 'b'), (AxisType.Auto,) * 2)
     split = NamedSharding(mesh, PartitionSpec('a', 'b'))
     update = jax.jit(transform.update, out_shardings=(split, None))
-    masked, _ = update(jax.device_put(g, split), transform.init(g))
+    arguments = jax.device_put(g, split), transform.init(g)
+    masked, _ = update(*arguments)
     np.testing.assert_array_equal(masked, expected)
+    program = update.lower(*arguments).compile().as_text()
+    for word in ('all-gather', 'all-to-all', 'all-reduce', 'permute'):
+      assert word not in program
 
 
 @pytest.mark.parametrize('p', [0.1, 0.3, 0.39, 0.5, 0.9, 1.0])

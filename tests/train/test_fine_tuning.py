@@ -148,6 +148,10 @@ def test_a_start_that_does_not_fit_is_refused(base, tiny, tmp_path):
     match=r'cannot begin with FromRun.*is float32.* there and float32.* here',
   ):
     train(wider, tmp_path / 'run')
+  missing = tiny(start=FromRun(str(base.with_name('bass'))), preview=None)
+  with pytest.raises(FileNotFoundError, match="did you mean '?.*base"):
+    train(missing, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
   with pytest.raises(
     ValueError, match='LanguageModel has no adapters to merge'
   ):
