@@ -99,7 +99,7 @@ def task_gradients(
       *arguments, state=state.tasks, mask=mask, metric=metric
     )
     losses = combined.aux
-  report = _report(combined.weights_T, combined.gram_TT, names)
+  report = _report(combined, _presence(losses, names), names)
   losses = losses._replace(metrics={**losses.metrics, **report})
   return gradients, losses, combined.state
 
@@ -180,10 +180,12 @@ def _presence(losses: Losses, names) -> Bool[Array, ' T']:
   return _weights(losses, names) > 0
 
 
-def _report(weights_T, gram_TT, names) -> dict[str, Array]:
-  report = {f'weight/{n}': w for n, w in zip(names, weights_T, strict=True)}
-  if gram_TT is None:
+def _report(combined, mask_T, names) -> dict[str, Array]:
+  weights = zip(names, combined.weights_T, strict=True)
+  report = {f'weight/{name}': weight for name, weight in weights}
+  if combined.gram_TT is None:
     return report
+  gram_TT = jnp.where(mask_T[:, None] & mask_T, combined.gram_TT, 0)
   norms_T = jnp.sqrt(jnp.maximum(jnp.diagonal(gram_TT), 0))
   cosine_TT = cosines(gram_TT)
   for i, name in enumerate(names):

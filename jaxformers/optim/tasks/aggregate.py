@@ -111,7 +111,7 @@ def aggregate_tasks(
 
 
 def normalize_task_gradients(
-  eps: float = 1e-8, shared_mask: SharedMask = None
+  eps: float = 1e-12, shared_mask: SharedMask = None
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adds up gradients of tasks, each divided by its norm.
 

@@ -36,7 +36,7 @@ class UnitGradients(Stateless, GramWeighting):
     eps: added to the norms.
   """
 
-  eps: float = 1e-8
+  eps: float = 1e-12
 
   def __call__(self, gram_TT, losses_T, mask_T, state):
     norms_T = jnp.sqrt(jnp.maximum(jnp.diagonal(gram_TT), 0))
