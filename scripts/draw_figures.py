@@ -21,7 +21,7 @@ PAGE = ROOT / 'docs' / 'studies.md'
 HEAD = """# Claims put to the test
 
 Each study is a file in `experiments/` that fixes its criteria before it runs. Figures and numbers are those of the committed results in
-`experiments/results/`, each measured with several seeds; what does not hold is reported like what does.
+`experiments/results/`; what does not hold is reported like what does. Minutes were taken while the machine did other work as well.
 
 """
 
@@ -73,7 +73,7 @@ def _section(result: pathlib.Path) -> str:
 
 ![{found['claim']}](figures/{name}.png)
 
-`jaxformers reproduce experiments/{name}.py`, {minutes:.1f} minutes on {found['device']}.
+`jaxformers reproduce experiments/{name}.py`, {minutes:.1f} minutes on {found['device']}, {_seeds(found)}.
 """
 
 
@@ -86,6 +86,12 @@ def draw_result(result: pathlib.Path) -> None:
   module = experiment_file.load(EXPERIMENTS / f'{result.stem}.py')
   report = read_report(result, experiment_file.classes_with(module))
   draw_study(report, FIGURES / f'{result.stem}.png')
+
+
+def _seeds(found: dict) -> str:
+  """Says how many seeds a study was measured with."""
+  count = len(found['study']['seeds'])
+  return f'{count} seeds' if count > 1 else 'one seed'
 
 
 if __name__ == '__main__':

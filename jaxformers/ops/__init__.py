@@ -1,6 +1,5 @@
 """Mathematics: pure functions and descriptions over arrays."""
 
-from jaxformers.ops.attention import Attended
 from jaxformers.ops.attention import AttentionWeights
 from jaxformers.ops.attention import attend
 from jaxformers.ops.attention import attend_partial
@@ -15,6 +14,7 @@ from jaxformers.ops.biases import Bias
 from jaxformers.ops.biases import DenseBias
 from jaxformers.ops.biases import RelativeBias
 from jaxformers.ops.biases import T5Bias
+from jaxformers.ops.blockwise import Attended
 from jaxformers.ops.closed_form import ClassStatistics
 from jaxformers.ops.closed_form import SoftmaxHead
 from jaxformers.ops.closed_form import lda_covariance
