@@ -11,7 +11,7 @@ help:
 	@echo "make lint    set up and check format and lint"
 	@echo "make lock    resolve requirements.lock anew"
 	@echo "make clean   remove the virtual environment"
-	@echo "options: PYTHON=python3.12 VENV=.venv-3.12"
+	@echo "options: PYTHON=python3.12 VENV=.venv-3.12 TESTS='--thin tests/ops'"
 
 setup: $(DONE)
 
@@ -26,7 +26,7 @@ train: $(DONE)
 	$(BIN)/jaxformers train experiments/lm.py
 
 test: $(DONE)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(TESTS)
 
 lint: $(DONE)
 	$(BIN)/ruff check .

@@ -120,7 +120,9 @@ NO_SOURCE = {
   'Segments', 'Window', 'Attended', 'Block', 'Linear', 'Stack', 'TokenLosses',
   'Mixer', 'AttentionState', 'Constant', 'FromOptax', 'LanguageModelState',
   'LinearAttended', 'LinearAttentionState', 'LinearMemory', 'Recurred',
-  'Reread', 'RetentionState', 'TokenLayer', 'AggregateState', 'GramWeighting',
+  'Reread', 'RetentionState', 'TokenLayer', 'PlusMinusState', 'GainState',
+  'ScaleState',
+  'AggregateState', 'GramWeighting',
   'Multitask', 'Scalarizer', 'StackedCombination', 'Stateless',
 }  # fmt: skip
 

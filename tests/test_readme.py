@@ -39,7 +39,7 @@ def test_shell_examples_parse():
     for block in blocks('sh')
     for line in re.findall(r'^jaxformers (?:.*\\\n)*.*$', block, re.MULTILINE)
   ]
-  assert len(commands) == 6
+  assert len(commands) == 7
   for command in commands:
     build_parser().parse_args(shlex.split(command)[1:])
 
@@ -61,14 +61,22 @@ def test_links_and_pictures_exist():
 
 def test_figures_are_those_of_the_results():
   results = ROOT / 'experiments'
-  lm, step, crash = (
+  lm, step, crash, attention = (
     json.loads((results / path).read_text())
     for path in (
       'results/lm.json',
       'benchmarks/results/train_step.json',
       'benchmarks/results/crash_test.json',
+      'benchmarks/results/attention.json',
     )
   )
+  speeds = [
+    [
+      attention['float32_2048'][f'{way}_speed_relative_to_{peer}']
+      for way in ('forward', 'forward_backward')
+    ]
+    for peer in ('jax', 'torch')
+  ]
   rows = re.findall(r'^\| (.*?) \| (.*?) \|$', TEXT, re.MULTILINE)
   figures = [figure for _, figure in rows]
   for figure in (
@@ -78,6 +86,8 @@ def test_figures_are_those_of_the_results():
     f'{step["speed_relative_to_flax"]:.2f}',
     f'{step["fraction_outside_xla"]:.1%}',
     f'{step["compile_ratio"]:.2f}',
+    '{:.1f}, {:.1f}'.format(*speeds[0]),
+    '{:.2f}, {:.2f}'.format(*speeds[1]),
     '0, 0, 0',
   ):
     assert figure in figures

@@ -13,6 +13,9 @@ import flax
 import jax
 import jax.numpy as jnp
 
+PAUSE = 0.05
+"""Seconds."""
+
 RESULTS = pathlib.Path(__file__).parent / 'results'
 
 
@@ -20,6 +23,9 @@ def seconds_in_turns(
   functions: dict[str, Callable[[], Any]], rounds: int
 ) -> dict[str, list[float]]:
   """Times functions in turns, so that what disturbs one disturbs all.
+
+  Before each there is a pause, in which threads of the one before that wait
+  for more work by spinning, as those of OpenMP do, fall asleep.
 
   Args:
     functions: each runs once and returns arrays that are waited for; the first
@@ -34,6 +40,7 @@ def seconds_in_turns(
   samples = {name: [] for name in functions}
   for _ in range(rounds):
     for name, function in functions.items():
+      time.sleep(PAUSE)
       start = time.perf_counter()
       jax.block_until_ready(function())
       samples[name].append(time.perf_counter() - start)

@@ -10,6 +10,9 @@ from jaxformers.nn.head import TiedHead
 from jaxformers.nn.init import Normal
 from jaxformers.nn.init import VarianceScaling
 from jaxformers.nn.linear import Linear
+from jaxformers.nn.lora import LoRA
+from jaxformers.nn.lora import factored_apply
+from jaxformers.nn.lora import low_rank_layer
 from jaxformers.nn.norm import LayerNorm
 from jaxformers.nn.norm import RMSNorm
 from jaxformers.nn.norm import UnitNorm

@@ -1,6 +1,5 @@
 """Mathematics: pure functions and descriptions over arrays."""
 
-from jaxformers.ops.attention import Attended
 from jaxformers.ops.attention import AttentionWeights
 from jaxformers.ops.attention import attend
 from jaxformers.ops.attention import attend_partial
@@ -8,11 +7,24 @@ from jaxformers.ops.attention import attention_weights
 from jaxformers.ops.attention import supports
 from jaxformers.ops.attention_diagnostics import AttentionDiagnostics
 from jaxformers.ops.attention_diagnostics import attention_diagnostics
+from jaxformers.ops.balls import L2Ball
+from jaxformers.ops.balls import MaxBall
 from jaxformers.ops.biases import ALiBi
 from jaxformers.ops.biases import Bias
 from jaxformers.ops.biases import DenseBias
 from jaxformers.ops.biases import RelativeBias
 from jaxformers.ops.biases import T5Bias
+from jaxformers.ops.blockwise import Attended
+from jaxformers.ops.closed_form import ClassStatistics
+from jaxformers.ops.closed_form import SoftmaxHead
+from jaxformers.ops.closed_form import lda_covariance
+from jaxformers.ops.closed_form import lda_init
+from jaxformers.ops.closed_form import lda_merge
+from jaxformers.ops.closed_form import lda_psum
+from jaxformers.ops.closed_form import lda_solve
+from jaxformers.ops.closed_form import lda_update
+from jaxformers.ops.closed_form import ledoit_wolf_shrinkage
+from jaxformers.ops.closed_form import oas_shrinkage
 from jaxformers.ops.common_descent import cagrad_weights
 from jaxformers.ops.common_descent import frank_wolfe_weights
 from jaxformers.ops.common_descent import hybrid_weights
@@ -65,6 +77,13 @@ from jaxformers.ops.linear_attention import LinearMemory
 from jaxformers.ops.linear_attention import linear_attention
 from jaxformers.ops.linear_attention import retention
 from jaxformers.ops.linear_attention import retention_log_decay
+from jaxformers.ops.lora import Factors
+from jaxformers.ops.lora import LowRank
+from jaxformers.ops.lora import lora_apply
+from jaxformers.ops.lora import lora_factors
+from jaxformers.ops.lora import lora_init
+from jaxformers.ops.lora import lora_merge
+from jaxformers.ops.lora import lora_unmerge
 from jaxformers.ops.masks import Both
 from jaxformers.ops.masks import Causal
 from jaxformers.ops.masks import Dense

@@ -26,8 +26,8 @@ from jaxtyping import Bool, Float, Int, Real
 
 from jaxformers.ops.biases import Bias
 from jaxformers.ops.biases import as_bias
+from jaxformers.ops.blockwise import Attended
 from jaxformers.ops.blockwise import Places
-from jaxformers.ops.blockwise import Summary
 from jaxformers.ops.blockwise import attend_blockwise
 from jaxformers.ops.blockwise import count_visible
 from jaxformers.ops.kinds import Additive
@@ -62,27 +62,6 @@ instead of 700 ms; a single query against a million keys 260 ms instead of 0.4.
 """
 
 Implementation = Literal['auto', 'xla', 'blockwise', 'cudnn', 'tpu']
-
-
-class Attended(NamedTuple):
-  """What attention returns when asked for statistics.
-
-  Attributes:
-    out: `[B, L, H, V]`, the weighted values, in the dtype of the values.
-    log_normalizer: float32 `[B, L, H]`, logarithm of the sum of exponentials;
-      -inf where a query sees nothing.
-    entropy: float32 `[B, L, H]`, entropy of the weights in nats, from 0 to the
-      logarithm of the number of visible keys.
-    effective_support: float32 `[B, L, H]`, how many keys share the weight,
-      `1 / sum p^2`; 0 where a query sees nothing.
-    variance: float32 `[B, L, H]`, of the logits under the weights.
-  """
-
-  out: Float[Array, 'B L H V']
-  log_normalizer: Float[Array, 'B L H']
-  entropy: Float[Array, 'B L H']
-  effective_support: Float[Array, 'B L H']
-  variance: Float[Array, 'B L H']
 
 
 class AttentionWeights(NamedTuple):
@@ -184,7 +163,7 @@ def attend(
     statistics=statistics,
   )
   out_BLHV = result.out.astype(value_BMGV.dtype)
-  return Attended(out_BLHV, *result[1:]) if statistics else out_BLHV
+  return result._replace(out=out_BLHV) if statistics else out_BLHV
 
 
 def attend_partial(
@@ -300,7 +279,7 @@ class _Problem(NamedTuple):
 
 def _attend(
   query, key, value, *, implementation, block=None, is_partial=False, **options
-) -> Summary:
+) -> Attended:
   """Attends; the output is not yet in the dtype of the values."""
   problem = _problem(query, key, value, **options)
   given = options.get('query_position'), options.get('key_position')
@@ -396,13 +375,13 @@ def _attend_kernel(problem, implementation):
   out_BLHV = KERNELS[implementation](
     branch.query, branch.key, problem.value, problem.places.mask
   )
-  return Summary(out_BLHV, None)
+  return Attended(out_BLHV, None)
 
 
 def _attend_whole(problem):
   """Materialises all scores."""
   weighed = _weigh(problem)
-  summary = Summary(
+  summary = Attended(
     _weighted_values(weighed.weights, problem.value),
     weighed.log_normalizer.swapaxes(1, 2),
   )

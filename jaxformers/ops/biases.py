@@ -6,7 +6,6 @@ needs to exist, and is differentiated through them. The one exception is
 `DenseBias`, which is given in full.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -16,20 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int, Real
 import numpy as np
 
+from jaxformers.ops.description import description
+from jaxformers.ops.description import distances
 from jaxformers.ops.tile import Tile
 from jaxformers.ops.tile import cut
-
-
-def _bias(*, data: tuple[str, ...] = ()):
-  """Registers a frozen dataclass as a pytree whose parameters are `data`."""
-
-  def decorate(cls):
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    meta = [name for name in names if name not in data]
-    return jax.tree_util.register_dataclass(cls, list(data), meta)
-
-  return decorate
 
 
 class Bias:
@@ -78,7 +67,7 @@ class Bias:
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, part)
 
 
-@_bias(data=('logits_BHLM',))
+@description(data=('logits_BHLM',))
 class DenseBias(Bias):
   """A bias given in full.
 
@@ -140,12 +129,7 @@ def as_bias(bias: Bias | Array | None) -> Bias | None:
   return DenseBias(jnp.asarray(bias))
 
 
-def _distance(query_position, key_position):
-  """Returns query minus key position, `[B, 1, L, M]`."""
-  return query_position[:, None, :, None] - key_position[:, None, None, :]
-
-
-@_bias()
+@description()
 class ALiBi(Bias):
   """Lowers a score in proportion to the distance: `-m_h |i - j|`.
 
@@ -161,7 +145,7 @@ class ALiBi(Bias):
   def logits(self, query, key, query_position, key_position):
     del key
     slopes_H = alibi_slopes(query.shape[2])
-    distance = jnp.abs(_distance(query_position, key_position))
+    distance = jnp.abs(distances(query_position, key_position))
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     return -slopes_H.astype(dtype)[:, None, None] * distance.astype(dtype)
 
@@ -185,7 +169,7 @@ def alibi_slopes(num_heads: int) -> Float[np.ndarray, ' H']:
   return np.concatenate([slopes, between[: num_heads - below]])
 
 
-@_bias(data=('table_NH',))
+@description(data=('table_NH',))
 class T5Bias(Bias):
   """Adds a learned number for each head and bucket of distances.
 
@@ -212,7 +196,7 @@ class T5Bias(Bias):
   def logits(self, query, key, query_position, key_position):
     del query, key
     bucket_BLM = t5_bucket(
-      _distance(query_position, key_position)[:, 0],
+      distances(query_position, key_position)[:, 0],
       self.table_NH.shape[0],
       bidirectional=self.bidirectional,
       max_distance=self.max_distance,
@@ -266,7 +250,7 @@ def t5_bucket(
   return later + jnp.where(distance < exact, near, far)
 
 
-@_bias(data=('table_NH',))
+@description(data=('table_NH',))
 class RelativeBias(Bias):
   """Adds a learned number for each head and distance, clipped at both ends.
 
@@ -289,6 +273,6 @@ class RelativeBias(Bias):
         f'{list(self.table_NH.shape)}.'
       )
     furthest = self.table_NH.shape[0] // 2
-    distance = _distance(query_position, key_position)[:, 0]
+    distance = distances(query_position, key_position)[:, 0]
     row = jnp.clip(distance, -furthest, furthest).astype(jnp.int32) + furthest
     return jnp.moveaxis(self.table_NH[row], -1, 1)

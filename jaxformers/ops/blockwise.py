@@ -75,16 +75,21 @@ class Places(NamedTuple):
     )
 
 
-class Summary(NamedTuple):
-  """Attention over some keys, with what is needed to add others.
+class Attended(NamedTuple):
+  """What attention gives: output, normaliser and statistics of its weights.
+
+  Numbers are float32, or float64 for float64 inputs.
 
   Attributes:
-    out: `[B, L, H, V]` in at least float32; 0 for a query that saw nothing.
-    log_normalizer: `[B, L, H]`; -inf for a query that saw nothing.
-    entropy: `[B, L, H]`, of the weights in nats; None if not wanted, and so the
+    out: `[B, L, H, V]`, the weighted values; 0 for a query that sees nothing.
+    log_normalizer: `[B, L, H]`, logarithm of the sum of exponentials; -inf for a
+      query that sees nothing.
+    entropy: `[B, L, H]`, of the weights in nats, from 0 to the logarithm of the
+      number of visible keys; None if statistics are not wanted, and so the
       others.
-    effective_support: `[B, L, H]`, 1 / sum of squared weights.
-    variance: `[B, L, H]`, of the scores under the weights.
+    effective_support: `[B, L, H]`, how many keys share the weight,
+      `1 / sum p^2`; 0 where a query sees nothing.
+    variance: `[B, L, H]`, of the logits under the weights.
   """
 
   out: Float[Array, 'B L H V']
@@ -112,7 +117,7 @@ def attend_blockwise(
   weight: Callable[[Array], Array] | None = None,
   bias: Bias | None = None,
   statistics: bool = False,
-) -> Summary:
+) -> Attended:
   """Attends block by block.
 
   Time `O(L M H K)` over the blocks that are seen; memory
@@ -446,7 +451,7 @@ def _finish(running):
   """Divides sums by the sum of weights."""
   sees_any = running.total > 0
   total = jnp.where(sees_any, running.total, 1)
-  summary = Summary(
+  summary = Attended(
     running.mean / total[..., None],
     jnp.where(sees_any, running.maximum + jnp.log(total), -jnp.inf),
   )

@@ -5,7 +5,6 @@ key_position)` for whole arrays or for any block of them, so no caller needs an
 `L x M` array to say "causal". Masks combine with `&` and `|`.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -17,6 +16,8 @@ import numpy as np
 from jaxformers.ops import counting
 from jaxformers.ops.counting import Term
 from jaxformers.ops.counting import Terms
+from jaxformers.ops.description import description
+from jaxformers.ops.description import distances
 from jaxformers.ops.tile import Tile
 from jaxformers.ops.tile import cut
 
@@ -31,18 +32,6 @@ class Span(NamedTuple):
 
   low: Real[Array, ' n']
   high: Real[Array, ' n']
-
-
-def _mask(*, data: tuple[str, ...] = ()):
-  """Registers a frozen dataclass as a pytree whose arrays are `data`."""
-
-  def decorate(cls):
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    meta = [name for name in names if name not in data]
-    return jax.tree_util.register_dataclass(cls, list(data), meta)
-
-  return decorate
 
 
 class Mask:
@@ -130,10 +119,19 @@ class Mask:
   def block(self, tile: Tile) -> 'Mask':
     """Returns the mask of some rows, queries and keys, for `visible` of them.
 
-    As it stands this takes the leading axis of all arrays for that of the
-    batch; a mask whose arrays have other axes as well cuts them itself.
+    A mask that holds arrays says so itself, for only it knows their axes.
+
+    Raises:
+      NotImplementedError: if it does not.
     """
-    return jax.tree.map(lambda x: cut(x, 0, tile.rows), self)
+    del tile
+    if jax.tree.leaves(self):
+      raise NotImplementedError(
+        f'{type(self).__name__} holds arrays, so it must define block(tile), and '
+        'padded if they have an axis of queries or keys; see Lengths and '
+        "Segments. implementation='xla' needs neither."
+      )
+    return self
 
   def __and__(self, other: 'Mask') -> 'Mask':
     return Both(self, other)
@@ -142,12 +140,7 @@ class Mask:
     return Either(self, other)
 
 
-def _distance(query_position, key_position):
-  """Returns query minus key position, `[B, 1, L, M]`."""
-  return query_position[:, None, :, None] - key_position[:, None, None, :]
-
-
-@_mask()
+@description()
 class NoMask(Mask):
   """Lets every query see every key."""
 
@@ -163,7 +156,7 @@ class NoMask(Mask):
     return (Term(),)
 
 
-@_mask()
+@description()
 class Causal(Mask):
   """Lets a query at position i see the keys at positions j <= i + offset.
 
@@ -182,7 +175,7 @@ class Causal(Mask):
     return self.offset <= 0
 
   def visible(self, query_position, key_position):
-    return _distance(query_position, key_position) >= -self.offset
+    return distances(query_position, key_position) >= -self.offset
 
   def may_see(self, query, key):
     return key.low[None] <= query.high[:, None] + self.offset
@@ -192,7 +185,7 @@ class Causal(Mask):
     return (Term(high=query_position + self.offset),)
 
 
-@_mask()
+@description()
 class Window(Mask):
   """Lets a query see itself and the `size - 1` positions before it.
 
@@ -217,7 +210,7 @@ class Window(Mask):
     return self.size
 
   def visible(self, query_position, key_position):
-    distance = _distance(query_position, key_position)
+    distance = distances(query_position, key_position)
     return (distance >= 0) & (distance < self.size)
 
   def may_see(self, query, key):
@@ -230,7 +223,7 @@ class Window(Mask):
     return (Term(low=low, high=query_position),)
 
 
-@_mask(data=('length_B',))
+@description(data=('length_B',))
 class Lengths(Mask):
   """Lets every query see the keys at positions below a length per sequence.
 
@@ -254,12 +247,15 @@ class Lengths(Mask):
     del query
     return (key.low < self.length_B.max())[None]
 
+  def block(self, tile):
+    return Lengths(cut(self.length_B, 0, tile.rows))
+
   def terms(self, query_position, key_position):
     del query_position
     return (Term(is_key=self.exists(key_position)),)
 
 
-@_mask(data=('query_BL', 'key_BM'))
+@description(data=('query_BL', 'key_BM'))
 class Segments(Mask):
   """Lets a query see the keys of its own segment; segment 0 is padding.
 
@@ -334,7 +330,7 @@ def _reaches(mask):
   return [reach for reach in reaches if reach is not None]
 
 
-@_mask(data=('visible_BHLM',))
+@description(data=('visible_BHLM',))
 class Dense(Mask):
   """Lets a query see a key where an array says so, whatever their positions.
 
@@ -395,7 +391,7 @@ class Dense(Mask):
       )
 
 
-@_mask(data=('left', 'right'))
+@description(data=('left', 'right'))
 class Both(Mask):
   """Lets a query see a key that both masks let it see; written `left & right`."""
 
@@ -440,7 +436,7 @@ class Both(Mask):
     return type(self)(self.left.block(tile), self.right.block(tile))
 
 
-@_mask(data=('left', 'right'))
+@description(data=('left', 'right'))
 class Either(Mask):
   """Lets a query see a key that either mask lets it see; `left | right`."""
 

@@ -65,21 +65,24 @@ def top_fraction_threshold(
 ) -> Float[Array, '']:
   """Finds the value that a fraction of all entries of a tree reaches.
 
-  By bisection: each iteration counts the entries that reach the middle of an
-  interval, which needs one scalar per device, where sorting would gather all of
-  them on each.
+  By bisection: each iteration counts the entries that reach a value, which needs
+  one scalar per device, where sorting would gather all of them on each. What is
+  halved is a set of consecutive floating-point numbers rather than an interval:
+  32 halvings single out one float32, also among entries of very different
+  size, such as squared gradients.
 
   Source: none; bisection of the empirical distribution function.
 
   Args:
     tree: arrays of real, finite numbers.
     fraction: of all entries, from 0 to 1.
-    iterations: halvings of the interval from smallest to largest entry.
+    iterations: halvings; the result is exact from 32 on in float32, from 64 on
+      in float64.
 
   Returns:
-    The largest value found that at least the fraction of entries reaches
-    (`entry >= value`), at least float32; more of them reach it only if they lie
-    within the last interval. The largest entry if the fraction is 0.
+    The largest value that at least the fraction of entries reaches (`entry >=
+    value`), at least float32: an entry, unless `iterations` are too few. The
+    largest entry if the fraction is 0.
   """
   leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
   dtype = jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
@@ -91,13 +94,29 @@ def top_fraction_threshold(
     counts = [jnp.sum(x >= value, dtype=jnp.int32) for x in leaves]
     return sum(count.astype(dtype) for count in counts) >= wanted
 
-  def halve(_, interval):
-    low, high = interval
-    middle = low + (high - low) / 2
-    reached = enough(middle)
+  def halve(_, ranks):
+    low, high = ranks
+    middle = (low >> 1) + (high >> 1) + (low & high & 1)
+    reached = enough(_of_rank(middle, dtype))
     return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
 
   low = jnp.stack([x.min() for x in leaves]).min()
   high = jnp.stack([x.max() for x in leaves]).max()
   low = jnp.where(enough(high), high, low)
-  return jax.lax.fori_loop(0, iterations, halve, (low, high))[0]
+  ranks = _rank(low), _rank(high)
+  return _of_rank(jax.lax.fori_loop(0, iterations, halve, ranks)[0], dtype)
+
+
+def _rank(x):
+  """Numbers floating-point numbers in their order, by reading their bits."""
+  integer = jnp.int32 if x.dtype == jnp.float32 else jnp.int64
+  return _flip(jax.lax.bitcast_convert_type(x, integer))
+
+
+def _of_rank(rank, dtype):
+  return jax.lax.bitcast_convert_type(_flip(rank), dtype)
+
+
+def _flip(bits):
+  """Negative numbers count down in their bits; the sign stays."""
+  return jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)

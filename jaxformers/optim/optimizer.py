@@ -62,7 +62,7 @@ class AdamW:
       weight_decay=self.weight_decay,
       mask=weight_decay_mask,
     )
-    return _clipped(self.max_gradient_norm, adamw)
+    return clipped(self.max_gradient_norm, adamw)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +90,36 @@ class FromOptax:
       )
     rate = self.learning_rate.schedule(steps)
     optimizer = getattr(optax, self.name)(rate, **dict(self.options))
-    return _clipped(self.max_gradient_norm, optimizer)
+    return clipped(self.max_gradient_norm, optimizer)
 
 
-def _clipped(max_norm, optimizer):
+def clipped(
+  max_norm: float | None, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+  """Returns an optimiser whose gradients are clipped first.
+
+  Args:
+    max_norm: longer gradients are scaled down to it; None for never.
+    optimizer: gets the clipped gradients.
+  """
   if max_norm is None:
     return optax.with_extra_args_support(optimizer)
   return optax.chain(optax.clip_by_global_norm(max_norm), optimizer)
+
+
+def split_clipping(optimizer: Optimizer) -> tuple[float | None, Optimizer]:
+  """Takes the clipping out of an optimiser, for those who change what follows.
+
+  Args:
+    optimizer: with or without a `max_gradient_norm`.
+
+  Returns:
+    The norm that it clips to, None for none; and the optimiser without it.
+  """
+  max_norm = getattr(optimizer, 'max_gradient_norm', None)
+  if max_norm is not None:
+    optimizer = dataclasses.replace(optimizer, max_gradient_norm=None)
+  return max_norm, optimizer
 
 
 def dimension_letters(path: tuple[Any, ...]) -> str:

@@ -1,9 +1,11 @@
 """Learning rates over the steps of a run."""
 
 import dataclasses
-from typing import Protocol
+from typing import Literal, Protocol
 
 import optax
+
+from jaxformers.optim import learning_rates
 
 
 class Schedule(Protocol):
@@ -80,3 +82,68 @@ class WarmupLinear:
     final = self.peak * self.final_fraction
     fall = optax.linear_schedule(self.peak, final, steps - warmup)
     return optax.join_schedules([rise, fall], [warmup])
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearDecay:
+  """Falls linearly from the first step, to 0 one step after the last.
+
+  The best schedule for the loss of the last iterate of gradient descent, as far
+  as worst cases go.
+
+  Source: Defazio et al., "Optimal Linear Decay Learning Rate Schedules and
+  Further Refinements", 2023, arXiv 2310.07831.
+
+  Attributes:
+    peak: what it falls from.
+  """
+
+  peak: float
+
+  def schedule(self, steps: int) -> optax.Schedule:
+    return learning_rates.linear_decay(self.peak, steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class InverseSqrtDecay:
+  """Falls as `peak / sqrt t`, whatever the length of the run.
+
+  Source: Zinkevich, "Online Convex Programming and Generalized Infinitesimal
+  Gradient Ascent", 2003, theorem 1.
+
+  Attributes:
+    peak: the first learning rate.
+  """
+
+  peak: float
+
+  def schedule(self, steps: int) -> optax.Schedule:
+    del steps
+    return learning_rates.inv_sqrt(self.peak)
+
+
+@dataclasses.dataclass(frozen=True)
+class RefinedDecay:
+  """Warms up and decays as the gradient norms of an earlier run suggest.
+
+  Source: Defazio et al., 2023, arXiv 2310.07831.
+
+  Attributes:
+    peak: the largest learning rate.
+    gradient_norms: positive, evenly spaced over the earlier run: its metric
+      `gradient_norm`, thinned out.
+    kind: see `jaxformers.optim.refined_from_grad_norms`.
+    smoothing: part of the norms over which their running median is taken.
+  """
+
+  peak: float
+  gradient_norms: tuple[float, ...]
+  kind: Literal['average', 'last', 'anytime'] = 'last'
+  smoothing: float = 0.1
+
+  def schedule(self, steps: int) -> optax.Schedule:
+    reach = round(self.smoothing * len(self.gradient_norms) / 2)
+    norms = learning_rates.smoothed(self.gradient_norms, 2 * reach + 1)
+    rates = learning_rates.refined_rates(norms, self.kind)
+    scale = self.peak / rates.max()
+    return learning_rates.from_rates(scale * rates, steps)

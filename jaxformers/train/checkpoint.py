@@ -241,7 +241,9 @@ class Checkpoints:
       state=ocp.args.StandardSave(state),
       progress=ocp.args.JsonSave(progress),
       experiment=ocp.args.JsonSave(record),
-      contents=ocp.args.JsonSave({'metrics': finite, 'leaves': _kinds(state)}),
+      contents=ocp.args.JsonSave(
+        {'metrics': finite, 'leaves': kinds_of(state)}
+      ),
     )
     self._saving = step
     if _SELECTOR in finite:
@@ -385,7 +387,7 @@ class Checkpoints:
   def _difference(self, step: int, abstract_state: Any) -> str | None:
     """Names the leaves in which a checkpoint differs from `abstract_state`."""
     saved = self._read_contents(step)['leaves']
-    wanted = _kinds(abstract_state)
+    wanted = kinds_of(abstract_state)
     names = [
       name for name in saved | wanted if saved.get(name) != wanted.get(name)
     ]
@@ -432,8 +434,12 @@ class Checkpoints:
     self._manager.reload()
 
 
-def _kinds(tree: Any) -> dict[str, str]:
-  """Returns dtype and shape of every leaf by its path."""
+def kinds_of(tree: Any) -> dict[str, str]:
+  """Returns dtype and shape of every leaf by its path.
+
+  Args:
+    tree: of arrays or of their shapes.
+  """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {
     jax.tree_util.keystr(path, simple=True, separator='.'): (

@@ -1,7 +1,7 @@
 """A run as one value."""
 
 import dataclasses
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import flax.linen as nn
 import numpy as np
@@ -16,6 +16,19 @@ from jaxformers.train.gradient import GradientFunction
 from jaxformers.train.objective import NextToken
 from jaxformers.train.objective import Objective
 from jaxformers.train.sharding import MeshShape
+
+
+class Start(Protocol):
+  """Where a run takes the variables that it begins with.
+
+  A model may have a method `adopt(variables, base) -> variables` that says how
+  it begins at the variables of another, as `jaxformers.nn.LoRA` does. All others
+  take them over as they are.
+  """
+
+  def variables(self) -> dict[str, Any]:
+    """Returns the variables of a trained model."""
+    ...
 
 
 class Data(Protocol):
@@ -66,6 +79,8 @@ class Experiment:
     optimizer: how.
     gradient: what takes the place of the gradient of the loss, such as that of a
       penalised one; None for the gradient itself.
+    start: what gives the first variables, such as `FromRun`; None for those
+      that the seed gives.
     steps: number of updates.
     batch_size: rows per update, over all processes and accumulated parts.
     accumulate: parts into which a batch is cut to save memory; the update is
@@ -90,6 +105,7 @@ class Experiment:
   tasks: TaskCombiner | None = None
   optimizer: Optimizer = AdamW()
   gradient: GradientFunction | None = None
+  start: Start | None = None
   steps: int = 1000
   batch_size: int = 32
   accumulate: int = 1

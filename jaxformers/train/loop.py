@@ -17,6 +17,8 @@ from jaxformers.train.experiment import Experiment
 from jaxformers.train.figure import plot_loss
 from jaxformers.train.flops import matmul_flops
 from jaxformers.train.flops import peak_flops
+from jaxformers.train.frozen import with_frozen
+from jaxformers.train.frozen import without_frozen
 from jaxformers.train.interrupt import Interrupt
 from jaxformers.train.metrics import MetricsLog
 from jaxformers.train.metrics import read_metrics
@@ -26,6 +28,8 @@ from jaxformers.train.program import build
 from jaxformers.train.progress import Progress
 from jaxformers.train.run import Run
 from jaxformers.train.run_directory import RunDirectory
+from jaxformers.train.start import first_state
+from jaxformers.train.start import starting_variables
 from jaxformers.train.state import TrainState
 from jaxformers.train.step import Metrics
 
@@ -55,6 +59,7 @@ def train(
   # Everything that can be wrong with the experiment, before a file is made.
   record = records.to_record(experiment)
   program = build(experiment, experiment.data.prepare())
+  base = None if directory.exists else starting_variables(program)
   with directory.locked(process):
     directory.prepare(
       record, device=jax.devices()[0].device_kind, process=process
@@ -69,9 +74,16 @@ def train(
       ) as checkpoints,
       Interrupt() as interrupt,
     ):
-      # Where a run starts: 1. its newest checkpoint that can be read; 2. afresh.
-      restored = checkpoints.restore('latest', program.abstract_state)
-      state = restored.state if restored else program.init()
+      # Where a run starts: 1. its newest checkpoint that can be read; 2. what
+      # `experiment.start` gives; 3. afresh.
+      abstract = program.abstract_state
+      restored = checkpoints.restore('latest', without_frozen(abstract))
+      if restored:
+        state = restored.state
+      else:
+        state = first_state(program, base or starting_variables(program))
+      del base  # Not needed any more, and as large as the model.
+      state = with_frozen(state, abstract, directory)
       first = int(state.step)
       say(_opening(program, directory, first))
       if first < experiment.steps:
@@ -129,7 +141,7 @@ def _run(program, directory, checkpoints, interrupt, state, record):
         with progress.pause():
           checkpoints.save(
             step,
-            state,
+            without_frozen(state),
             progress={'step': step, 'seed': experiment.seed},
             record=record,
             metrics=heldout and {'heldout_loss': heldout['loss']},
@@ -202,8 +214,9 @@ def _meter(program: Program) -> dict[str, Any]:
 def _opening(program: Program, directory: RunDirectory, first: int) -> str:
   """Returns what a run says before it begins."""
   experiment, facts = program.experiment, program.prepared.facts
-  count = sum(
-    leaf.size for leaf in jax.tree.leaves(program.abstract_state.params)
+  count, frozen = (
+    sum(leaf.size for leaf in jax.tree.leaves(tree))
+    for tree in (program.abstract_state.params, program.abstract_state.frozen)
   )
   kind = jax.devices()[0].device_kind
   corpus = ', '.join(
@@ -213,7 +226,8 @@ def _opening(program: Program, directory: RunDirectory, first: int) -> str:
   )
   name = facts.get('corpus', type(experiment.data).__name__)
   lines = [
-    f'{type(experiment.model).__name__}: {count:,} parameters on '
+    f'{type(experiment.model).__name__}: {count:,} parameters'
+    f'{f" beside {frozen:,} frozen" if frozen else ""} on '
     f'{program.mesh.size} x {kind}',
     f'data: {"; ".join(filter(None, (name, corpus)))}',
     f'run:  {directory.path} (steps {first + 1} to {experiment.steps})',

@@ -100,7 +100,8 @@ class NextToken:
 
   def init(self, model, key, batch):
     variables = model.init(key, batch['tokens'][:1])
-    return {k: v for k, v in variables.items() if k in ('params', 'statistics')}
+    kept = 'params', 'statistics', 'frozen'
+    return {k: v for k, v in variables.items() if k in kept}
 
   def loss(self, model, variables, batch, key, deterministic):
     measures = self.diagnostics and deterministic
@@ -129,6 +130,7 @@ class NextToken:
       tasks[name] = tasks.get(name, 0) + leaf.sum()
     metrics = {}
     if measures:
-      report = attention_by_layer(sown, variables['params'])
+      of_model = variables.get('frozen', variables['params'])
+      report = attention_by_layer(sown, of_model)
       metrics = attention_metrics(report)
     return Losses(tasks, metrics, changed, weight)

@@ -11,11 +11,14 @@ import numpy as np
 
 from jaxformers.decode import Sampler
 from jaxformers.decode import stream
+from jaxformers.nn import LoRA
 from jaxformers.train import record as records
 from jaxformers.train.checkpoint import Checkpoints
 from jaxformers.train.errors import RunFailed
 from jaxformers.train.evaluation import evaluate
 from jaxformers.train.experiment import Experiment
+from jaxformers.train.frozen import with_frozen
+from jaxformers.train.frozen import without_frozen
 from jaxformers.train.program import abstract_state
 from jaxformers.train.program import build
 from jaxformers.train.run_directory import RunDirectory
@@ -101,12 +104,14 @@ class Run:
         'or the mesh only.'
       )
     program = build(experiment, experiment.data.prepare())
+    statistics = dict(self.variables)
     state = TrainState(
-      np.int32(self.step),
-      self.variables['params'],
-      {k: v for k, v in self.variables.items() if k != 'params'},
-      (),
-      np.int32(0),
+      step=np.int32(self.step),
+      params=statistics.pop('params'),
+      frozen=statistics.pop('frozen', None),
+      statistics=statistics,
+      optimizer_state=(),
+      skipped=np.int32(0),
     )
     return evaluate(
       program.evaluate_step,
@@ -114,6 +119,42 @@ class Run:
       program.heldout(),
       program.prepared.facts.get('heldout_bytes_per_token'),
     )
+
+  def merged(self) -> 'Run':
+    """Returns the run of the model alone, with its adapters merged.
+
+    It samples as fast as the model did before it had any.
+
+    Raises:
+      ValueError: if the model has no adapters.
+    """
+    model = self.experiment.model
+    if not isinstance(model, LoRA):
+      raise ValueError(
+        f'{type(model).__name__} has no adapters to merge; expected a '
+        'jaxformers.nn.LoRA.'
+      )
+    experiment = dataclasses.replace(
+      self.experiment, model=model.model, start=None
+    )
+    merged = jax.jit(model.merge)(self.variables)
+    return dataclasses.replace(self, experiment=experiment, variables=merged)
+
+
+@dataclasses.dataclass(frozen=True)
+class FromRun:
+  """Begins where another run has arrived.
+
+  Attributes:
+    directory: of that run. It is read once, when training begins.
+    checkpoint: `'latest'`, `'best'` (lowest held-out loss) or a step.
+  """
+
+  directory: str
+  checkpoint: int | str = 'latest'
+
+  def variables(self) -> dict[str, Any]:
+    return open_run(self.directory, checkpoint=self.checkpoint).variables
 
 
 def open_run(
@@ -145,13 +186,14 @@ def open_run(
     experiment = dataclasses.replace(experiment, mesh=MeshShape())
   state = abstract_state(experiment, experiment.mesh.build())
   with Checkpoints(directory.checkpoints, read_only=True) as checkpoints:
-    restored = checkpoints.restore(checkpoint, state)
+    restored = checkpoints.restore(checkpoint, without_frozen(state))
   if restored is None:
     raise RunFailed(
       f'{directory.path} has no {checkpoint} checkpoint yet; train it first, '
       'or ask for another.'
     )
-  return Run(experiment, restored.state.variables, restored.step)
+  final = with_frozen(restored.state, state, directory, read_only=True)
+  return Run(experiment, final.variables, restored.step)
 
 
 def _single(tokenizer, text):

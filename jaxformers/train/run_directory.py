@@ -28,6 +28,11 @@ class RunDirectory(Directory):
     return self.path / 'checkpoints'
 
   @property
+  def frozen(self) -> pathlib.Path:
+    """Holds the variables that the run never changes."""
+    return self.path / 'frozen'
+
+  @property
   def events(self) -> pathlib.Path:
     """Holds event files for TensorBoard."""
     return self.path / 'events'

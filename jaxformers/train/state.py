@@ -19,6 +19,9 @@ class TrainState(NamedTuple):
     statistics: the other collections of variables, such as running averages.
     optimizer_state: state of the optax transformation.
     skipped: int32 `[]`, steps whose update was skipped as not finite.
+    frozen: the collection of variables that no step changes, such as the
+      parameters of a model whose adapters are trained; None if there is none.
+      It is saved once per run.
     tasks: state of what combines tasks; empty where nothing does.
   """
 
@@ -27,9 +30,11 @@ class TrainState(NamedTuple):
   statistics: Any
   optimizer_state: optax.OptState
   skipped: Int[Array, '']
+  frozen: Any = None
   tasks: Any = ()
 
   @property
   def variables(self) -> dict[str, Any]:
     """The variables of the model."""
-    return {'params': self.params, **self.statistics}
+    frozen = {} if self.frozen is None else {'frozen': self.frozen}
+    return {'params': self.params, **self.statistics, **frozen}

@@ -8,6 +8,7 @@ from jax import Array
 import jax.numpy as jnp
 import optax
 
+from jaxformers.diagnostics.alignment import measurements_of
 from jaxformers.train.experiment import Experiment
 from jaxformers.train.objective import Batch
 from jaxformers.train.objective import Losses
@@ -39,7 +40,13 @@ def init_state(experiment: Experiment, batch: Batch) -> TrainState:
     tasks = start_tasks(experiment.tasks, losses, params)
   zero = jnp.zeros([], jnp.int32)
   return TrainState(
-    zero, params, variables, optimizer.init(params), jnp.copy(zero), tasks
+    step=zero,
+    params=params,
+    frozen=variables.pop('frozen', None),
+    statistics=variables,
+    optimizer_state=optimizer.init(params),
+    skipped=jnp.copy(zero),
+    tasks=tasks,
   )
 
 
@@ -53,7 +60,8 @@ def train_step_of(
   those of `experiment.tasks` (`weight/TASK`, `cosine/TASK/TASK`, ...),
   `minimized` where `experiment.gradient` minimises something else than `loss`,
   `gradient_norm` before clipping, `learning_rate`, `targets` (how many were
-  predicted) and `skipped` (updates skipped so far).
+  predicted) and `skipped` (updates skipped so far), and what the optimiser
+  measures itself (`jaxformers.diagnostics.measurements_of`).
   """
   optimizer = experiment.optimizer.build(experiment.steps)
   rate = experiment.optimizer.learning_rate.schedule(experiment.steps)
@@ -81,6 +89,7 @@ def train_step_of(
       'learning_rate': jnp.asarray(rate(state.step), jnp.float32),
       'targets': losses.weight,
       'skipped': new.skipped.astype(jnp.float32),
+      **measurements_of(new.optimizer_state),
     }
     return new._replace(step=state.step + 1), metrics
 
@@ -90,7 +99,9 @@ def train_step_of(
 def _unless(finite, new, old):
   """Returns `new`, or `old` with one more skipped step if not finite."""
   kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-  return kept._replace(skipped=old.skipped + jnp.where(finite, 0, 1))
+  return kept._replace(
+    skipped=old.skipped + jnp.where(finite, 0, 1), frozen=new.frozen
+  )
 
 
 def evaluate_step_of(
@@ -108,11 +119,12 @@ def evaluate_step_of(
   return evaluate_step
 
 
-def _losses_of(experiment):
+def _losses_of(experiment, frozen=None):
   """Returns the objective as a function of parameters, batch and key."""
+  fixed = {} if frozen is None else {'frozen': frozen}
 
   def losses_of(params, statistics, batch, key):
-    variables = {'params': params, **statistics}
+    variables = {'params': params, **fixed, **statistics}
     return experiment.objective.loss(
       experiment.model, variables, batch, key, deterministic=False
     )
@@ -122,7 +134,7 @@ def _losses_of(experiment):
 
 def _gradients(experiment, state, batch, key):
   """Returns gradients, losses of the whole batch, and the state of tasks."""
-  losses_of = _losses_of(experiment)
+  losses_of = _losses_of(experiment, state.frozen)
   parts = experiment.accumulate
   if experiment.tasks is not None:
     return task_gradients(experiment.tasks, losses_of, state, batch, key, parts)

@@ -27,6 +27,11 @@ TOY_STUDIES = {
   'attention_concentration': (
     'keys=16', 'queries=4', 'width=4', 'lengths=(0.5, 8.0)',
   ),
+  'child_tuning_steps': (
+    'signals=(1.0,)', 'tolerances=(0.01,)', 'fractions=(0.5,)', 'size=4',
+    'steps=20', 'settle=5',
+  ),
+  'closed_form_head': ('sizes=(8, 16, 64)', 'few=1', 'iterations=2'),
   'entropy_versus_length': (
     'lengths=(16, 32)', 'base=16', 'sigmas=(1.0, 3.0)', 'queries=4',
   ),
@@ -34,11 +39,35 @@ TOY_STUDIES = {
     'dot=(1.0,)', 'recommended=1.0', 'cosine=(10.0,)', 'keys=(16,)', 'width=8',
     'steps=2', 'batch_size=8',
   ),
+  'implicit_regularization': (
+    'rates=(0.01, 0.06)', 'penalties=(0.03,)', 'time=1.0',
+  ),
+  'learnt_step_sizes': (
+    'rates=(0.1,)', 'mistuned=0.1', 'tuned=0.1', 'steps=4', 'width=2',
+  ),
+  'length_extrapolation_blocks': (
+    'methods=("ReRoPE 1/2",)', 'train_length=24', 'test_length=48',
+    'steps=1', 'heldout_rows=8',
+  ),
+  'length_extrapolation_text': (
+    'methods=("windowed RoPE", "ReRoPE 1/2")', 'data.length=16', 'times=(1, 2)',
+    'width=16', 'depth=1', 'steps=1', 'windows=8',
+  ),
+  'local_cosines': ('steps=3',),
+  'lora_plus_ratio': (
+    'shapes=((8, 8), (8, 4))', 'ranks=(2,)', 'rows=2', 'repeats=2',
+  ),
+  'lora_plus_starts': (
+    'widths=(8,)', 'judged=8', 'exponents=(-6, -5, -4, -3, -2)', 'rank=2',
+    'steps=10', 'batch_size=4',
+  ),
   'multiple_gradient_descent': ('steps=20',),
   'multitask_text': (
     'factors=(1.0,)', 'steps=1', 'width=8', 'length=64', 'batch_size=512',
   ),
   'primary_and_auxiliary': ('steps=10', 'noisy=40', 'clean=10'),
+  'sgd_schedules': ('steps=30',),
+  'sparse_targets': ('inputs=4', 'steps=4'),
   'task_loss_weighting': ('steps=10', 'rows=16'),
 }  # fmt: skip
 
@@ -111,6 +140,12 @@ def test_figures_are_drawn_from_results_alone(tmp_path, monkeypatch):
   assert is_png(tmp_path / f'{STUDIES[0].stem}.png')
 
 
+def test_the_page_of_the_studies_says_what_their_results_say():
+  figures = load(ROOT / 'scripts' / 'draw_figures.py')
+  page = (ROOT / 'docs' / 'studies.md').read_text()
+  assert page == figures.studies_page(), 'run scripts/draw_figures.py'
+
+
 @pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
 def test_an_experiment_says_what_it_expects(path):
   text = load(path).__doc__
@@ -118,10 +153,8 @@ def test_an_experiment_says_what_it_expects(path):
     assert word in text
 
 
-def test_the_train_step_benchmark_measures(small_text, monkeypatch):
-  monkeypatch.syspath_prepend(str(ROOT))
-  from experiments.benchmarks import train_step
-
+@pytest.fixture
+def toy_experiment(small_text):
   experiment = load(ROOT / 'experiments' / 'lm.py').experiment()
   block = experiment.model.stack.block
   block = block.clone(
@@ -129,17 +162,42 @@ def test_the_train_step_benchmark_measures(small_text, monkeypatch):
     feedforward=block.feedforward.clone(hidden=16),
   )
   stack = experiment.model.stack.clone(block=block, depth=1)
-  toy = dataclasses.replace(
+  return dataclasses.replace(
     experiment,
     model=experiment.model.clone(width=16, stack=stack),
     data=TextData(path=small_text, length=16),
     batch_size=8,
   )
-  results = train_step.measure(toy, rounds=2, size=64, depths=(1, 2))
+
+
+def test_the_train_step_benchmark_measures(toy_experiment, monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT))
+  from experiments.benchmarks import train_step
+
+  results = train_step.measure(toy_experiment, rounds=2, size=64, depths=(1, 2))
   assert 0 < results['fraction_of_peak'] < 1
   for name in ('tokens_per_second', 'speed_relative_to_flax', 'compile_ratio'):
     assert results[name] > 0
   assert results['fraction_outside_xla'] < 1
+
+
+def test_the_step_size_benchmark_measures(toy_experiment, monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT))
+  from experiments.benchmarks import step_size
+
+  results = step_size.measure(toy_experiment, leaves=1, width=4, rounds=1)
+  assert results['parameters'] == 64
+  for name in ('update_relative_to_adamw', 'step_relative_to_adamw'):
+    assert results[name]['scale_and_gains'] > 0
+
+
+def test_the_child_tuning_benchmark_measures(toy_experiment, monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT))
+  from experiments.benchmarks import child_tuning
+
+  results = child_tuning.measure(toy_experiment, rounds=1, update_rounds=1)
+  for what in ('step', 'update'):
+    assert results[f'child_tuning_{what}_relative_to_adamw'] > 0
 
 
 def test_the_attention_benchmark_measures(monkeypatch):

@@ -27,7 +27,9 @@ from jaxformers.testing import MixerConformance
 class TestMixers(MixerConformance):
   cases = (
     MixerCase('attention', Attention(num_heads=4)),
-    MixerCase('attention_encoder', Attention(num_heads=4, mask=NoMask())),
+    MixerCase(
+      'attention_encoder', Attention(num_heads=4, mask=NoMask()), variant=True
+    ),
     MixerCase(
       'attention_grouped_rotary',
       Attention(num_heads=4, num_kv_heads=2, position=Rotary()),
@@ -41,10 +43,12 @@ class TestMixers(MixerConformance):
         position=Rotary(pairing='interleaved', rotary_dim=4, base=100.0),
         use_bias=True,
       ),
+      variant=True,
     ),
     MixerCase(
       'attention_window',
       Attention(num_heads=2, mask=Window(3), position=Rotary()),
+      variant=True,
     ),
     MixerCase(
       'attention_rerope_log_length_t5',
@@ -55,6 +59,7 @@ class TestMixers(MixerConformance):
         scale=InverseSqrt() * LogLength(base_length=8, least=2),
         bias=LearnedT5Bias(num_buckets=6, max_distance=5),
       ),
+      variant=True,
     ),
     MixerCase(
       'attention_rerope_encoder',
@@ -63,6 +68,7 @@ class TestMixers(MixerConformance):
         mask=NoMask(),
         position=ReRoPE(window=3, bidirectional=True),
       ),
+      variant=True,
     ),
     MixerCase(
       'attention_leaky_rerope_relative_blockwise',
@@ -97,10 +103,12 @@ class TestMixers(MixerConformance):
         out_norm=RMSNorm(),
         chunk=5,
       ),
+      variant=True,
     ),
     MixerCase(
       'linear_attention_encoder',
       LinearAttention(num_heads=2, causal=False, position=Rotary(), chunk=5),
+      variant=True,
     ),
     MixerCase('retention', Retention(num_heads=2, chunk=5)),
     MixerCase(
@@ -118,9 +126,11 @@ class TestMixers(MixerConformance):
         qk_norm=UnitNorm(),
         scale=LearnedCosineScale(start=3.0),
       ),
+      variant=True,
     ),
     MixerCase(
       'attention_entropy_normalized',
       Attention(num_heads=2, kind=EntropyNormalizedSoftmax(0.6, relative=True)),
+      variant=True,
     ),
   )

@@ -1,5 +1,6 @@
 """Masks against their definitions, pair by pair; skipping and counting."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ from jaxformers.ops import Lengths
 from jaxformers.ops import Local1D
 from jaxformers.ops import Local2D
 from jaxformers.ops import LogLength
+from jaxformers.ops import Mask
 from jaxformers.ops import NoMask
 from jaxformers.ops import Segments
 from jaxformers.ops import Strided
@@ -346,3 +348,27 @@ def test_arrays_that_are_no_masks_are_refused(implementation):
     ValueError, match=r'= \[1, 1, 11, 11\], but .*\[8, 3, 11,'
   ):
     run(jnp.zeros((1, 1, L, L), bool))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PerHead(Mask):
+  """A mask that holds an array and does not say how to cut it."""
+
+  seen_H: jax.Array
+
+  compares_positions = False
+  causal = False
+
+  def visible(self, query_position, key_position):
+    return self.seen_H[None, :, None, None]
+
+
+def test_blocks_of_a_mask_that_cannot_cut_its_arrays_are_refused():
+  inputs = [jnp.ones((1, 4, 2, 3))] * 3
+  mask = PerHead(jnp.array([True, False]))
+  with pytest.raises(NotImplementedError, match=r'PerHead holds arrays.*block'):
+    attend(*inputs, mask=mask, implementation='blockwise')
+  out = attend(*inputs, mask=mask, implementation='xla')
+  assert (out[:, :, 0] == 1).all()
+  assert (out[:, :, 1] == 0).all()

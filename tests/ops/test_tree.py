@@ -50,6 +50,17 @@ def test_a_threshold_divides_all_entries(fraction):
   assert above == max(1, 1000 * fraction)
 
 
+def test_a_threshold_is_exact_among_entries_of_very_different_size():
+  sizes = 10.0 ** -np.arange(30)
+  tree = {'x': jnp.float32(sizes), 'y': -jnp.float32(sizes), 'z': jnp.zeros(4)}
+  threshold = jax.jit(top_fraction_threshold)
+  for count, value in ((10, 1e-9), (30, 1e-29), (33, 0.0), (44, -1e-20)):
+    value = -jnp.float32(1e-20) if value < 0 else jnp.float32(value)
+    assert threshold(tree, count / 64) == value
+  with jax.enable_x64(True):
+    assert threshold({'x': jnp.asarray(sizes)}, 0.5, 64) == 10.0**-14
+
+
 def test_a_threshold_of_equal_entries_is_their_value():
   assert top_fraction_threshold({'x': jnp.full(7, 0.3)}, 0.5) == jnp.float32(
     0.3

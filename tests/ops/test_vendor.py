@@ -35,28 +35,48 @@ def arrays(dtype=jnp.float32):
   [NoMask(), Causal() & Segments(IDS, IDS), Window(40)],
   ids=['none', 'packed', 'window'],
 )
-def test_the_tpu_kernel_interpreted_equals_ours(mask):
+def test_the_tpu_kernel_interpreted_equals_ours_with_gradients(mask):
   query, key, value = arrays()
-  query *= K**-0.5
-  found = vendor.attend_tpu(query, key, value, mask, interpret=True)
-  expected = attend(query * K**0.5, key, value, mask=mask, implementation='xla')
-  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+  def of_kernel(query, key, value):
+    query *= K**-0.5
+    return vendor.attend_tpu(query, key, value, mask, interpret=True)
+
+  def of_ours(query, key, value):
+    return attend(query, key, value, mask=mask, implementation='xla')
+
+  def run(function):
+    def loss(*inputs):
+      out = function(*inputs)
+      return jnp.sin(out).sum(), out
+
+    gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+    return jax.jit(gradient)(query, key, value)
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
+    run(of_kernel),
+    run(of_ours),
+  )
 
 
-@pytest.mark.parametrize('implementation', ['xla', 'blockwise', 'tpu'])
-@pytest.mark.parametrize('platform', ['cuda', 'tpu'])
+@pytest.mark.parametrize(
+  ('implementation', 'platform'),
+  [
+    ('xla', 'cuda'),
+    ('xla', 'tpu'),
+    ('blockwise', 'cuda'),
+    ('blockwise', 'tpu'),
+    ('tpu', 'tpu'),
+  ],
+)
 def test_programs_lower_for_accelerators_without_one(implementation, platform):
-  if implementation == 'tpu' and platform != 'tpu':
-    pytest.skip('a kernel for TPUs')
-
   def loss(query, key, value):
     options = {'mask': Causal(), 'position': Rotary(), 'scale': LogLength()}
     out = attend(query, key, value, implementation=implementation, **options)
     return out.astype(jnp.float32).sum()
 
   gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-  if implementation == 'tpu':  # The kernel has no backward blocks by itself.
-    gradient = jax.jit(loss)
   exported = jax.export.export(gradient, platforms=[platform])(
     *arrays(jnp.bfloat16)
   )

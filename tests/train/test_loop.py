@@ -148,9 +148,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(
   original = step_module._gradients
 
   def exploding(experiment, state, batch, key):
-    gradients, losses = original(experiment, state, batch, key)
+    gradients, losses, tasks = original(experiment, state, batch, key)
     factor = jax.numpy.where(state.step == 2, jax.numpy.nan, 1.0)
-    return jax.tree.map(lambda g: g * factor, gradients), losses
+    return jax.tree.map(lambda g: g * factor, gradients), losses, tasks
 
   monkeypatch.setattr(step_module, '_gradients', exploding)
   with pytest.raises(RunFailed, match='step 3: gradient_norm not finite'):

@@ -1,4 +1,4 @@
-"""Recurrences under models whose memory has a constant size."""
+"""The recurrence of a matrix that outer products are written into."""
 
 from typing import Literal, NamedTuple, get_args
 

@@ -1,0 +1,6 @@
+"""The operators under every model whose memory has a constant size."""
+
+from jaxformers.ops.recurrence.outer import Method
+from jaxformers.ops.recurrence.outer import Recurred
+from jaxformers.ops.recurrence.outer import decay_weights
+from jaxformers.ops.recurrence.outer import outer_recurrence
