@@ -123,7 +123,7 @@ NO_SOURCE = {
   'Reread', 'RetentionState', 'TokenLayer', 'PlusMinusState', 'GainState',
   'ScaleState',
   'AggregateState', 'GramWeighting',
-  'Multitask', 'Scalarizer', 'StackedCombination', 'Stateless',
+  'Multitask', 'Retrospective', 'Scalarizer', 'StackedCombination', 'Stateless',
 }  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from jaxformers.ops.common_descent import cagrad_weights
 from jaxformers.ops.common_descent import frank_wolfe_weights
 from jaxformers.ops.common_descent import hybrid_weights
 from jaxformers.ops.common_descent import primary_weights
+from jaxformers.ops.common_descent import softmax_descent_weights
 from jaxformers.ops.common_descent import upgrad_weights
 from jaxformers.ops.concentration import ScoreFit
 from jaxformers.ops.concentration import attention_entropy
@@ -142,6 +143,8 @@ from jaxformers.ops.task_balance import nash_weights
 from jaxformers.ops.task_balance import pcgrad_weights
 from jaxformers.ops.task_balance import sign_dropout
 from jaxformers.ops.task_losses import dwa_weights
+from jaxformers.ops.task_losses import famo_loss
+from jaxformers.ops.task_losses import famo_weights
 from jaxformers.ops.task_losses import gradnorm_loss
 from jaxformers.ops.task_losses import gradnorm_weights
 from jaxformers.ops.task_losses import imtl_l_loss

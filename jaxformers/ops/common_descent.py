@@ -59,6 +59,54 @@ def frank_wolfe_weights(
 
 
 @jax.default_matmul_precision('highest')
+def softmax_descent_weights(
+  gram_TT: Float[Array, 'T T'],
+  logits_T: Float[Array, ' T'],
+  learning_rate: float,
+  steps: int = 1,
+  mask_T: Bool[Array, ' T'] | None = None,
+) -> tuple[Float[Array, ' T'], Float[Array, ' T']]:
+  r"""Approaches the weights of `min_norm_weights` by descent on their logits.
+
+  With $a = \mathrm{softmax}(\beta)$ the slope of $\frac12 a^\top K a$ is
+  $a_i ((K a)_i - a^\top K a)$. K is divided by the mean of its diagonal, so
+  that learning rates have no unit. A vertex of the simplex is only reached in
+  the limit, and left slowly.
+
+  Source: Su Jianlin, "Multi-task learning (2): in the name of gradient", 2022,
+  kexue.fm/archives/8896.
+
+  Args:
+    gram_TT: inner products of the gradients.
+    logits_T: beta, 0 at first.
+    learning_rate: of plain gradient descent.
+    steps: how many.
+    mask_T: False for absent tasks, whose logits stay; None for none.
+
+  Returns:
+    Weights of sum 1, unless all are absent, and the logits they come from.
+  """
+  gram_TT = jnp.asarray(gram_TT)
+  mask_T = jnp.ones(len(gram_TT), bool) if mask_T is None else mask_T
+  gram_TT = jnp.where(mask_T[:, None] & mask_T, gram_TT, 0)
+  mean = jnp.trace(gram_TT) / jnp.maximum(mask_T.sum(), 1)
+  gram_TT = gram_TT / jnp.where(mean > 0, mean, 1)
+
+  def shares(logits_T):
+    lowest = jnp.finfo(logits_T.dtype).min
+    a_T = jax.nn.softmax(jnp.where(mask_T, logits_T, lowest))
+    return jnp.where(mask_T, a_T, 0)
+
+  def move(_, logits_T):
+    a_T = shares(logits_T)
+    slope_T = gram_TT @ a_T
+    return logits_T - learning_rate * a_T * (slope_T - a_T @ slope_T)
+
+  logits_T = jax.lax.fori_loop(0, steps, move, logits_T)
+  return shares(logits_T), logits_T
+
+
+@jax.default_matmul_precision('highest')
 def cagrad_weights(
   gram_TT: Float[Array, 'T T'],
   c: float = 0.5,
@@ -124,7 +172,7 @@ def primary_weights(
   Source: Su Jianlin, "Multi-task learning (3): in the name of primary and
   secondary", 2022, kexue.fm/archives/8907 (solved exactly: its iteration can
   stall); Lopez-Paz and Ranzato, 2017, arXiv 1706.08840 (GEM, margin 0); one
-  auxiliary task is A-GEM, Chaudhry et al., 2018, arXiv 1812.00420, equation 11.
+  auxiliary task is A-GEM, Chaudhry et al., 2018, arXiv 1812.00420, section 4.
 
   Args:
     gram_TT: inner products of the gradients.

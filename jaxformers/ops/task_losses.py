@@ -128,7 +128,7 @@ def uncertainty_loss(
   $\frac12 \sum_i (1 + \log L_i)$: a slow form of weights 1 / L.
 
   Source: Kendall, Gal and Cipolla, "Multi-Task Learning Using Uncertainty to
-  Weigh Losses", 2018, arXiv 1705.07115, equation 7, with s the log-variance.
+  Weigh Losses", 2018, arXiv 1705.07115, section 3.2, with s the log-variance.
 
   Args:
     losses_T: the losses.
@@ -171,7 +171,7 @@ def dwa_weights(
   $w_i = m\, \mathrm{softmax}_i(L_i(t-1) / (L_i(t-2)\, \tau))$.
 
   Source: Liu, Johns and Davison, "End-to-End Multi-Task Learning with
-  Attention", 2019, arXiv 1803.10704, equation 7.
+  Attention", 2019, arXiv 1803.10704 (dynamic weight average).
 
   Args:
     latest_T: mean losses of the epoch before.
@@ -199,8 +199,8 @@ def gradnorm_loss(
   relative part of its first loss that a task still has. Everything but the
   first term is constant: differentiate with respect to z.
 
-  Source: Chen et al., "GradNorm", 2018, arXiv 1711.02257, equations 1 and 2;
-  the softmax keeps the sum of weights without renormalising after each step.
+  Source: Chen et al., "GradNorm", 2018, arXiv 1711.02257, section 3.2; the
+  softmax keeps the sum of weights without renormalising after each step.
 
   Args:
     logits_T: z, learned by its own optimiser.
@@ -233,6 +233,54 @@ def gradnorm_weights(
     mask_T: False for absent tasks; None for none.
   """
   return _shares(logits_T, _mask(logits_T, mask_T))
+
+
+def famo_weights(
+  losses_T: Float[Array, ' T'],
+  logits_T: Float[Array, ' T'],
+  mask_T: Bool[Array, ' T'] | None = None,
+) -> Float[Array, ' T']:
+  r"""Computes $w_i = c z_i / L_i$ with $z = \mathrm{softmax}(\xi)$, of sum 1.
+
+  The same as $\mathrm{softmax}(\xi - \log L)$, as which it is computed.
+
+  Source: Liu et al., "FAMO: Fast Adaptive Multitask Optimization", 2023, arXiv
+  2306.03792, algorithm 1.
+
+  Args:
+    losses_T: positive.
+    logits_T: xi, learned by the slopes of `famo_loss`.
+    mask_T: False for absent tasks; None for none.
+  """
+  mask_T = _mask(losses_T, mask_T)
+  shares_T = _shares(logits_T - _log(losses_T, mask_T), mask_T)
+  return shares_T / jnp.maximum(mask_T.sum(), 1)
+
+
+def famo_loss(
+  logits_T: Float[Array, ' T'],
+  before_T: Float[Array, ' T'],
+  after_T: Float[Array, ' T'],
+  mask_T: Bool[Array, ' T'] | None = None,
+) -> Float[Array, '']:
+  r"""Measures what a step did, $\sum_i z_i (\log L_i - \log L_i')$.
+
+  Descent on it takes shares $z = \mathrm{softmax}(\xi)$ from the tasks whose
+  losses fell fast, until all fall at one rate.
+
+  Source: Liu et al., "FAMO: Fast Adaptive Multitask Optimization", 2023, arXiv
+  2306.03792, algorithm 1.
+
+  Args:
+    logits_T: xi.
+    before_T: positive losses L of a batch before the step.
+    after_T: positive losses L' of the same batch after it.
+    mask_T: False for absent tasks; None for none.
+  """
+  mask_T = _mask(before_T, mask_T)
+  fall_T = _log(before_T, mask_T) - _log(after_T, mask_T)
+  shares_T = _shares(logits_T, mask_T) / jnp.maximum(mask_T.sum(), 1)
+  return jnp.sum(shares_T * fall_T)
 
 
 def _shares(logits_T, mask_T):

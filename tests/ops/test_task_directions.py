@@ -16,6 +16,7 @@ from jaxformers.ops import nash_weights
 from jaxformers.ops import pcgrad_weights
 from jaxformers.ops import primary_weights
 from jaxformers.ops import sign_dropout
+from jaxformers.ops import softmax_descent_weights
 from jaxformers.ops import upgrad_weights
 
 TASKS = 4
@@ -33,6 +34,9 @@ SCHEMES = {
   'upgrad': upgrad_weights,
   'primary': lambda gram, mask: primary_weights(gram, 0, mask),
   'hybrid': lambda gram, mask: hybrid_weights(gram, IS_PRIMARY, mask),
+  'softmax': lambda gram, mask: softmax_descent_weights(
+    gram, jnp.zeros(MOST), 1.0, 100, mask
+  )[0],
 }
 JITTED = {name: jax.jit(function) for name, function in SCHEMES.items()}
 

@@ -6,9 +6,11 @@ from jaxformers.optim.tasks.aggregate import normalize_task_gradients
 from jaxformers.optim.tasks.combiner import AdamMetric
 from jaxformers.optim.tasks.combiner import TaskCombiner
 from jaxformers.optim.tasks.contract import GramWeighting
+from jaxformers.optim.tasks.contract import Retrospective
 from jaxformers.optim.tasks.contract import Scalarizer
 from jaxformers.optim.tasks.contract import StackedCombination
 from jaxformers.optim.tasks.contract import Stateless
+from jaxformers.optim.tasks.contract import look_back
 from jaxformers.optim.tasks.directions import IMTLG
 from jaxformers.optim.tasks.directions import MGDA
 from jaxformers.optim.tasks.directions import AlignedMTL
@@ -25,8 +27,10 @@ from jaxformers.optim.tasks.gradient import Multitask
 from jaxformers.optim.tasks.gradient import multitask_value_and_grad
 from jaxformers.optim.tasks.gradient import representation_value_and_grad
 from jaxformers.optim.tasks.gradient import task_gram
+from jaxformers.optim.tasks.learned import FAMO
 from jaxformers.optim.tasks.learned import IMTLL
 from jaxformers.optim.tasks.learned import GradNorm
+from jaxformers.optim.tasks.learned import SoftmaxMGDA
 from jaxformers.optim.tasks.learned import Uncertainty
 from jaxformers.optim.tasks.scalarizers import DWA
 from jaxformers.optim.tasks.scalarizers import Equal

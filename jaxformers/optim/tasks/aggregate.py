@@ -24,6 +24,7 @@ from jaxformers.optim.tasks.combination import combine_stacked
 from jaxformers.optim.tasks.combination import split
 from jaxformers.optim.tasks.combination import start
 from jaxformers.optim.tasks.contract import Combination
+from jaxformers.optim.tasks.contract import Retrospective
 from jaxformers.optim.tasks.contract import Scalarizer
 from jaxformers.optim.tasks.directions import UnitGradients
 
@@ -69,6 +70,12 @@ def aggregate_tasks(
       parameters to that; gradients of the others are added up. None: all are.
   """
   check_combination(combination)
+  if isinstance(combination, Retrospective):
+    raise ValueError(
+      f'{type(combination).__name__} must see what each step made of the '
+      'losses, which a link of a chain never does; use '
+      'multitask_value_and_grad and look_back.'
+    )
 
   def init_fn(params):
     shared, _ = split(params, shared_mask)

@@ -40,6 +40,27 @@ class Scalarizer(abc.ABC):
     """
 
 
+class Retrospective(Scalarizer):
+  """Weighs tasks by their losses, and then looks at what the step made of them.
+
+  After each step its state must pass through `look_back`, as the trainer makes
+  it do, for one forward pass more.
+  """
+
+  @abc.abstractmethod
+  def after(
+    self, losses_T: Float[Array, ' T'], mask_T: Bool[Array, ' T'], state: Any
+  ) -> Any:
+    """Returns the next state.
+
+    Args:
+      losses_T: of the batch that was weighed last, at the new parameters; 1 for
+        absent tasks.
+      mask_T: False for absent tasks.
+      state: what the call that weighed returned.
+    """
+
+
 class GramWeighting(abc.ABC):
   """Weighs tasks by the inner products of their gradients.
 
@@ -122,6 +143,38 @@ class Stateless:
     """
     del tasks
     return ()
+
+
+def look_back(
+  weighting: Retrospective,
+  losses_T: Float[Array, ' T'],
+  state: Any,
+  mask_T: Bool[Array, ' T'] | None = None,
+) -> Any:
+  """Lets a weighting see what a step made of the losses that it weighed.
+
+  ```python
+  value, gradients = gradient(params, batch, state=state)
+  params = step(params, gradients)
+  state = look_back(weighting, losses(params, batch), value.state)
+  ```
+
+  Source: as the weighting.
+
+  Args:
+    weighting: such as `FAMO()`.
+    losses_T: of the same batch, at the new parameters.
+    state: what the weighting returned when it weighed the batch.
+    mask_T: False for absent tasks, whose losses are ignored; None for none.
+
+  Returns:
+    The state for the next step; the one given if a loss is not finite.
+  """
+  mask_T = jnp.ones(losses_T.shape, bool) if mask_T is None else mask_T
+  losses_T = jnp.where(mask_T, losses_T, 1)
+  new = weighting.after(losses_T, mask_T, state)
+  is_finite = jnp.isfinite(losses_T).all()
+  return jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, state)
 
 
 Weighting = Scalarizer | GramWeighting

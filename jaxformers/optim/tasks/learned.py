@@ -1,4 +1,4 @@
-"""Weights that are learned beside the model, by an Adam of their own."""
+"""Weights that are learned beside the model, by descent of their own."""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
@@ -9,11 +9,15 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 import optax
 
+from jaxformers.ops.common_descent import softmax_descent_weights
+from jaxformers.ops.task_losses import famo_loss
+from jaxformers.ops.task_losses import famo_weights
 from jaxformers.ops.task_losses import gradnorm_loss
 from jaxformers.ops.task_losses import gradnorm_weights
 from jaxformers.ops.task_losses import imtl_l_loss
 from jaxformers.ops.task_losses import uncertainty_loss
 from jaxformers.optim.tasks.contract import GramWeighting
+from jaxformers.optim.tasks.contract import Retrospective
 from jaxformers.optim.tasks.contract import Scalarizer
 
 
@@ -38,7 +42,7 @@ class Uncertainty(Scalarizer):
   `jaxformers.ops.uncertainty_loss`.
 
   Source: Kendall, Gal and Cipolla, "Multi-Task Learning Using Uncertainty to
-  Weigh Losses", 2018, arXiv 1705.07115, equation 7.
+  Weigh Losses", 2018, arXiv 1705.07115, section 3.2.
 
   Attributes:
     learning_rate: of the logarithms of the variances.
@@ -128,6 +132,102 @@ class GradNorm(GramWeighting):
     is_seen_T = state.is_seen_T | mask_T
     new = GradNormState(learned, jnp.where(is_seen_T, first_T, 1), is_seen_T)
     return gradnorm_weights(logits_T, mask_T), new
+
+
+class FAMOState(NamedTuple):
+  """Learned logits, and the losses that were weighed last.
+
+  Attributes:
+    learned: logits of the shares.
+    before_T: float32.
+  """
+
+  learned: LearnedState
+  before_T: Float[Array, ' T']
+
+
+@dataclasses.dataclass(frozen=True)
+class FAMO(Retrospective):
+  """Learns weights under which all losses fall at one rate, from losses alone.
+
+  What `MGDA` of log losses finds from gradients, approached over many steps: one
+  backward pass, and a forward pass more to see what the step did. Multiplying a
+  loss by a constant changes nothing. Losses must be positive; take off a loss
+  what it cannot fall below. The authors also clip gradients to norm 1.
+
+  Source: Liu et al., "FAMO: Fast Adaptive Multitask Optimization", 2023, arXiv
+  2306.03792, algorithm 2 (appendix), whose Adam and decay these are.
+
+  Attributes:
+    learning_rate: of the logits.
+    decay: added to their slopes as so many times the logits, which brings the
+      shares back to equal ones.
+    floor: smaller losses count as this.
+  """
+
+  learning_rate: float = 0.025
+  decay: float = 1e-3
+  floor: float = 1e-8
+
+  def init(self, tasks):
+    learned = _start(tasks, 0.0, self.learning_rate)
+    return FAMOState(learned, jnp.ones(tasks))
+
+  def __call__(self, losses_T, mask_T, state):
+    losses_T = jnp.maximum(losses_T, self.floor)
+    weights_T = famo_weights(losses_T, state.learned.value_T, mask_T)
+    return weights_T, FAMOState(state.learned, losses_T)
+
+  def after(self, losses_T, mask_T, state):
+    losses_T = jnp.maximum(losses_T, self.floor)
+    logits_T = state.learned.value_T
+    slope_T = jax.grad(famo_loss)(logits_T, state.before_T, losses_T, mask_T)
+    slope_T += self.decay * logits_T
+    learned = _learn(slope_T, mask_T, state.learned, self.learning_rate)
+    return FAMOState(learned, state.before_T)
+
+
+class SoftmaxMGDAState(NamedTuple):
+  """Where the search for the shortest mixture stands.
+
+  Attributes:
+    logits_T: float32, of the weights.
+  """
+
+  logits_T: Float[Array, ' T']
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxMGDA(GramWeighting):
+  """Follows the shortest mixture of gradients by descent on softmax weights.
+
+  `MGDA` solves for it in each step; this goes on from the weights of the step
+  before, which averages noisy gradients over some `1 / learning_rate` steps, and
+  guarantees nothing before it has arrived.
+
+  Source: Su Jianlin, "Multi-task learning (2): in the name of gradient", 2022,
+  kexue.fm/archives/8896.
+
+  Attributes:
+    learning_rate: of the logits, for gradients whose mean squared norm is 1.
+    steps: of descent per step of training.
+  """
+
+  learning_rate: float = 0.1
+  steps: int = 1
+
+  def __post_init__(self):
+    if self.steps < 1:
+      raise ValueError(f'steps must be at least 1, got {self.steps}.')
+
+  def init(self, tasks):
+    return SoftmaxMGDAState(jnp.zeros(tasks))
+
+  def __call__(self, gram_TT, losses_T, mask_T, state):
+    weights_T, logits_T = softmax_descent_weights(
+      gram_TT, state.logits_T, self.learning_rate, self.steps, mask_T
+    )
+    return weights_T, SoftmaxMGDAState(logits_T)
 
 
 def _start(tasks, value, learning_rate):

@@ -169,7 +169,7 @@ class DWA(Scalarizer):
   All weights are 1 during the first two epochs.
 
   Source: Liu, Johns and Davison, "End-to-End Multi-Task Learning with
-  Attention", 2019, arXiv 1803.10704, equation 7.
+  Attention", 2019, arXiv 1803.10704 (dynamic weight average).
 
   Attributes:
     steps_per_epoch: over which losses are averaged.

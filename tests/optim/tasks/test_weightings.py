@@ -13,6 +13,7 @@ from jaxformers.ops import prior_cross_entropy
 from jaxformers.ops import prior_squared_error
 from jaxformers.optim.tasks import DBMTL
 from jaxformers.optim.tasks import DWA
+from jaxformers.optim.tasks import FAMO
 from jaxformers.optim.tasks import IMTLG
 from jaxformers.optim.tasks import IMTLL
 from jaxformers.optim.tasks import MGDA
@@ -31,9 +32,12 @@ from jaxformers.optim.tasks import PCGrad
 from jaxformers.optim.tasks import PowerMean
 from jaxformers.optim.tasks import Primary
 from jaxformers.optim.tasks import ReferenceLoss
+from jaxformers.optim.tasks import SoftmaxMGDA
 from jaxformers.optim.tasks import Uncertainty
 from jaxformers.optim.tasks import UnitGradients
 from jaxformers.optim.tasks import UPGrad
+from jaxformers.optim.tasks import aggregate_tasks
+from jaxformers.optim.tasks import look_back
 from jaxformers.optim.tasks.contract import weigh
 
 ALL = jnp.ones(3, bool)
@@ -44,7 +48,8 @@ WEIGHTINGS = (
   Equal(), InitialLoss(), ReferenceLoss((1.0, 2.0, 3.0)), InverseLoss(),
   PowerMean(2.0), DWA(2), Uncertainty(), IMTLL(), GradNorm(), UnitGradients(),
   MGDA(), PCGrad(), CAGrad(), IMTLG(), NashMTL(), AlignedMTL(), UPGrad(),
-  ConFIG(), Primary(), Hybrid(2), Normalized(MGDA(), 'loss+'),
+  ConFIG(), Primary(), Hybrid(2), Normalized(MGDA(), 'loss+'), FAMO(),
+  SoftmaxMGDA(),
 )  # fmt: skip
 
 
@@ -135,6 +140,65 @@ def test_gradnorm_with_alpha_0_makes_the_norms_equal():
   assert behind[-1, 0] < behind[1, 0]  # What is ahead gets less.
 
 
+def test_famo_by_its_loops():
+  """In NumPy: softmax, normalisation, its Jacobian, decay, and Adam."""
+  losses = np.random.default_rng(2).uniform(0.5, 4, size=(4, 3))
+  famo = FAMO(learning_rate=0.1, decay=0.01)
+  step = jax.jit(lambda s, x: weigh(famo, None, x, ALL, s))
+  back = jax.jit(lambda s, x: look_back(famo, x, s))
+  state, logits = famo.init(3), np.zeros(3)
+  first, second = np.zeros(3), np.zeros(3)
+  for t, before in enumerate(losses[:3]):
+    after = losses[t + 1]
+    z = np.exp(logits) / np.exp(logits).sum()
+    weights, state = step(state, jnp.asarray(before, jnp.float32))
+    expected = (z / before) / (z / before).sum()
+    np.testing.assert_allclose(weights, expected, rtol=1e-5)
+    state = back(state, jnp.asarray(after, jnp.float32))
+    jacobian = np.diag(z) - np.outer(z, z)
+    slope = jacobian @ np.log(before / after) + 0.01 * logits
+    first = 0.9 * first + 0.1 * slope
+    second = 0.999 * second + 0.001 * slope**2
+    m, v = first / (1 - 0.9 ** (t + 1)), second / (1 - 0.999 ** (t + 1))
+    logits = logits - 0.1 * m / (np.sqrt(v) + 1e-8)
+    np.testing.assert_allclose(state.learned.value_T, logits, rtol=1e-4)
+  kept = back(state, jnp.array([1.0, jnp.inf, 1.0]))
+  np.testing.assert_array_equal(kept.learned.value_T, state.learned.value_T)
+
+
+def test_famo_lets_all_losses_fall_at_one_rate():
+  """Then its shares are the weights of MGDA on the logarithms."""
+  k = jnp.array([1.0, 2.0])  # Slopes of the logarithms, orthogonal.
+  losses = lambda x: jnp.exp(-k * x)
+  famo = FAMO(decay=0.0)
+
+  def step(carry, _):
+    x, state = carry
+    weights, state = famo(losses(x), jnp.ones(2, bool), state)
+    direction = weights * k * losses(x)
+    new = x + 0.01 * direction / (weights * losses(x)).sum()
+    state = look_back(famo, losses(new), state)
+    return (new, state), k * (new - x)
+
+  run = jax.jit(lambda c: jax.lax.scan(step, c, length=600))
+  (_, state), falls = run((jnp.zeros(2), famo.init(2)))
+  np.testing.assert_allclose(falls[0], [0.005, 0.02], rtol=1e-3)
+  np.testing.assert_allclose(falls[-1, 0], falls[-1, 1], rtol=0.02)
+  shares = jax.nn.softmax(state.learned.value_T)
+  expected = min_norm_weights(jnp.diag(k**2))
+  np.testing.assert_allclose(shares, expected, atol=0.01)
+
+
+def test_softmax_descent_arrives_where_mgda_is():
+  g = np.array([[2.0, 0.0], [-1.0, 1.0], [3.0, 3.0]])
+  gram = jnp.asarray(g @ g.T, jnp.float32)
+  weighting = SoftmaxMGDA(learning_rate=2.0, steps=3)
+  weights = run(weighting, np.ones((300, 3)), gram=gram)
+  np.testing.assert_allclose(weights[-1], [0.4, 0.6, 0], atol=2e-3)
+  scaled = run(weighting, np.ones((2, 3)), gram=1e6 * gram)
+  np.testing.assert_allclose(scaled, weights[:2], rtol=1e-4)
+
+
 def test_unit_gradients_have_norm_one_and_may_conflict_in_threes():
   weights = run(UnitGradients(), [L])[0]
   np.testing.assert_allclose(
@@ -214,6 +278,8 @@ def test_dbmtl_by_its_loops():
     (lambda: ReferenceLoss((1.0, 0.0)), 'losses must be positive'),
     (lambda: ReferenceLoss((1.0,)).init(2), 'has 1 losses for 2 tasks'),
     (lambda: DWA(0), 'steps_per_epoch must be at least 1'),
+    (lambda: SoftmaxMGDA(steps=0), 'steps must be at least 1, got 0'),
+    (lambda: aggregate_tasks(FAMO(), 2), 'multitask_value_and_grad and look_b'),
     (lambda: Primary(3).init(3), 'no task 3 among 3'),
     (lambda: Hybrid(4).init(3), 'primaries must be 1 to 3'),
     (lambda: Normalized(MGDA(), 'l1'), "'l2', 'loss' or 'loss\\+', got 'l1'"),
