@@ -17,6 +17,7 @@ from jaxformers.optim.descent import InBall
 from jaxformers.optim.descent import adagrad_norm
 from jaxformers.optim.descent import average_iterates
 from jaxformers.optim.descent import averaged_params
+from jaxformers.optim.descent import keeps_average
 from jaxformers.optim.descent import project_l2_ball
 from jaxformers.optim.descent import scale_by_adagrad_norm
 from jaxformers.optim.exponentiated_gradient import EGPlusMinus

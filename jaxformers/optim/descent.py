@@ -218,8 +218,9 @@ def average_iterates(
 class Averaged:
   """Any optimiser that also keeps the mean of all parameters on its way.
 
-  The mean counts each step by its learning rate. `averaged_params` reads it from
-  the state of a run.
+  The mean counts each step by its learning rate. A run evaluates it, samples
+  from it and gives it to those who open the run; `averaged_params` reads it from
+  a state.
 
   Source: see `average_iterates`.
 
@@ -251,16 +252,28 @@ def averaged_params(optimizer_state: Any, params: Any) -> Any:
   Raises:
     ValueError: if the chain has none, or several.
   """
-  states = [
-    x
-    for x in jax.tree.leaves(optimizer_state, is_leaf=_is_average)
-    if _is_average(x)
-  ]
+  states = _averages(optimizer_state)
   if len(states) != 1:
     raise ValueError(
       f'expected one average_iterates in the chain, found {len(states)}.'
     )
   return jax.tree.map(lambda a, p: a.astype(p.dtype), states[0].average, params)
+
+
+def keeps_average(optimizer_state: Any) -> bool:
+  """Returns whether `averaged_params` has something to read.
+
+  Source: none; reads the state.
+
+  Args:
+    optimizer_state: of any chain.
+  """
+  return bool(_averages(optimizer_state))
+
+
+def _averages(optimizer_state):
+  leaves = jax.tree.leaves(optimizer_state, is_leaf=_is_average)
+  return [x for x in leaves if _is_average(x)]
 
 
 def _is_average(x):

@@ -78,7 +78,7 @@ class Experiment:
       losses.
     optimizer: how.
     gradient: what takes the place of the gradient of the loss, such as that of a
-      penalised one; None for the gradient itself.
+      penalised one, or with `tasks` of each loss; None for the gradient itself.
     start: what gives the first variables, such as `FromRun`; None for those
       that the seed gives.
     steps: number of updates.
@@ -148,10 +148,12 @@ def _check_gradients(experiment):
   """Raises if the parts of a run that make gradients do not go together."""
   gradient, tasks = experiment.gradient, experiment.tasks
   in_parts = experiment.accumulate > 1
-  if gradient is not None and tasks is not None:
+  both = gradient is not None and tasks is not None
+  if both and tasks.mode == 'gram_then_backward':
     raise ValueError(
-      f'{type(gradient).__name__} is the gradient of one loss, and tasks '
-      'combines those of several; set one of gradient and tasks to None.'
+      f'{type(gradient).__name__} has no backward pass for a weighted sum of '
+      "tasks; set tasks.mode='stacked' or 'sequential', which take it of each "
+      'task and combine the results.'
     )
   if in_parts and gradient is not None and not gradient.accumulates:
     raise ValueError(
@@ -162,5 +164,5 @@ def _check_gradients(experiment):
     raise ValueError(
       'weights of tasks need the gradients of the whole batch: with accumulate='
       f"{experiment.accumulate}, set tasks.mode='stacked', which holds them for "
-      'all tasks, or accumulate=1.'
+      "all tasks and takes representation='', or accumulate=1."
     )

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 
 _TERA = 1e12
 
@@ -58,7 +59,8 @@ def matmul_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
   of the batch. A scan counts its body times its length, a Pallas kernel times
   its grid, a `shard_map` times its shards; a condition counts its most
   expensive branch; a `while` loop counts its body once, since the number of
-  rounds is not known before it runs. Everything else counts nothing.
+  rounds is not known before it runs. Everything else counts nothing, nor does
+  what no result depends on, since compilers drop it.
 
   Args:
     jaxpr: a traced program, such as `jax.make_jaxpr(step)(*args).jaxpr`; a
@@ -74,7 +76,8 @@ def matmul_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
     60
   """
   jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
-  return sum(map(_flops, jaxpr.eqns))
+  live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return sum(map(_flops, live.eqns))
 
 
 def _flops(eqn: Any) -> int:

@@ -271,7 +271,7 @@ def _finish(
   )
   say(f'loss curve: {directory.figure}')
   if experiment.preview is not None:
-    run = Run(experiment, state.variables, int(state.step))
+    run = Run(experiment, state.result, int(state.step))
     directory.sample.write_bytes(text := run.preview())
     say(f'sample:     {directory.sample}\n')
     say(text.decode('utf-8', 'replace'))

@@ -162,6 +162,7 @@ def open_run(
   *,
   checkpoint: int | str = 'latest',
   classes: dict[str, type] | None = None,
+  averaged: bool = True,
 ) -> Run:
   """Opens a run from its record and a checkpoint.
 
@@ -172,6 +173,8 @@ def open_run(
     workdir: the directory of the run.
     checkpoint: `'latest'`, `'best'` (lowest held-out loss) or a step.
     classes: the classes that the record may name; None for the library's.
+    averaged: whether to take the mean of the parameters where the optimiser
+      kept it, and not the last ones.
 
   Raises:
     FileNotFoundError: if there is no run.
@@ -193,7 +196,8 @@ def open_run(
       'or ask for another.'
     )
   final = with_frozen(restored.state, state, directory, read_only=True)
-  return Run(experiment, final.variables, restored.step)
+  variables = final.result if averaged else final.variables
+  return Run(experiment, variables, restored.step)
 
 
 def _single(tokenizer, text):

@@ -6,6 +6,9 @@ from jax import Array
 from jaxtyping import Int
 import optax
 
+from jaxformers.optim.descent import averaged_params
+from jaxformers.optim.descent import keeps_average
+
 
 class TrainState(NamedTuple):
   """Everything that a training step reads and writes.
@@ -35,6 +38,18 @@ class TrainState(NamedTuple):
 
   @property
   def variables(self) -> dict[str, Any]:
-    """The variables of the model."""
+    """The variables of the model that is trained."""
     frozen = {} if self.frozen is None else {'frozen': self.frozen}
     return {'params': self.params, **self.statistics, **frozen}
+
+  @property
+  def result(self) -> dict[str, Any]:
+    """The variables of the model that training gives.
+
+    Its parameters are the mean of those so far where the optimiser keeps it, as
+    `jaxformers.optim.Averaged` does.
+    """
+    if not keeps_average(self.optimizer_state):
+      return self.variables
+    mean = averaged_params(self.optimizer_state, self.params)
+    return {**self.variables, 'params': mean}

@@ -16,6 +16,7 @@ from jaxformers.train.parts import parts_of
 from jaxformers.train.state import TrainState
 from jaxformers.train.tasks import start_tasks
 from jaxformers.train.tasks import task_gradients
+from jaxformers.train.tasks import tasks_after_step
 
 Metrics = dict[str, Array]
 
@@ -79,6 +80,18 @@ def train_step_of(
       optimizer_state=optimizer_state,
       tasks=tasks,
     )
+    if experiment.tasks is not None:
+      losses_of = _losses_of(experiment, state.frozen)
+      tasks = tasks_after_step(
+        experiment.tasks,
+        losses_of,
+        state,
+        new,
+        batch,
+        key,
+        experiment.accumulate,
+      )
+      new = new._replace(tasks=tasks)
     if experiment.non_finite == 'skip':
       new = _unless(jnp.isfinite(losses.total + norm), new, state)
     metrics = {
@@ -107,12 +120,15 @@ def _unless(finite, new, old):
 def evaluate_step_of(
   experiment: Experiment,
 ) -> Callable[[TrainState, Batch], Losses]:
-  """Returns the function that measures the losses of a held-out batch."""
+  """Returns the function that measures the losses of a held-out batch.
+
+  It measures the mean of the parameters where the optimiser keeps it.
+  """
 
   def evaluate_step(state, batch):
     key = jax.random.key(experiment.seed)
     losses = experiment.objective.loss(
-      experiment.model, state.variables, batch, key, deterministic=True
+      experiment.model, state.result, batch, key, deterministic=True
     )
     return losses._replace(variables={})
 
@@ -137,7 +153,15 @@ def _gradients(experiment, state, batch, key):
   losses_of = _losses_of(experiment, state.frozen)
   parts = experiment.accumulate
   if experiment.tasks is not None:
-    return task_gradients(experiment.tasks, losses_of, state, batch, key, parts)
+    return task_gradients(
+      experiment.tasks,
+      losses_of,
+      state,
+      batch,
+      key,
+      parts,
+      experiment.gradient,
+    )
 
   def objective(params, statistics, part, key):
     losses = losses_of(params, statistics, part, key)

@@ -125,7 +125,7 @@ class Workspace:
       state = train(experiment, self._directory.trainings / key)
       if state is None:
         raise Left
-      self._runs[key] = Run(experiment, state.variables, int(state.step))
+      self._runs[key] = Run(experiment, state.result, int(state.step))
     return self._runs[key]
 
   def metrics(

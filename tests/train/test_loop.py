@@ -11,6 +11,10 @@ import jax
 import numpy as np
 import pytest
 
+from jaxformers.optim import AdamW
+from jaxformers.optim import Averaged
+from jaxformers.optim import Constant
+from jaxformers.optim import averaged_params
 from jaxformers.train import MeshShape
 from jaxformers.train import loop
 from jaxformers.train import open_run
@@ -248,3 +252,19 @@ def test_bytes_that_are_not_utf8_are_learned_like_any_others(tiny, tmp_path):
 def test_experiments_that_make_no_sense_are_refused(tiny, change, message):
   with pytest.raises(ValueError, match=message):
     tiny(**change)
+
+
+def test_the_mean_of_the_parameters_is_what_a_run_gives(tiny, tmp_path):
+  experiment = tiny(optimizer=Averaged(AdamW(Constant(0.01))))
+  state = train(experiment, tmp_path / 'run')
+  mean = averaged_params(state.optimizer_state, state.params)
+  run = open_run(tmp_path / 'run')
+  jax.tree.map(np.testing.assert_array_equal, run.variables['params'], mean)
+  last = open_run(tmp_path / 'run', averaged=False)
+  jax.tree.map(
+    np.testing.assert_array_equal, last.variables['params'], state.params
+  )
+  heldout = read_metrics(tmp_path / 'run' / 'metrics.jsonl')[-1]['loss']
+  assert run.evaluate()['loss'] == pytest.approx(heldout, rel=1e-6)
+  assert abs(last.evaluate()['loss'] - heldout) > 1e-3
+  assert (tmp_path / 'run' / 'sample.txt').read_bytes() == run.preview()

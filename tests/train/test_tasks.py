@@ -7,11 +7,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxformers.data import batch_at
 from jaxformers.losses import cross_entropy
+from jaxformers.optim import Constant
+from jaxformers.optim import FromOptax
+from jaxformers.optim import GradientPenalty
 from jaxformers.optim.tasks import DBMTL
+from jaxformers.optim.tasks import FAMO
 from jaxformers.optim.tasks import MGDA
 from jaxformers.optim.tasks import AdamMetric
 from jaxformers.optim.tasks import Equal
@@ -148,7 +153,7 @@ def test_the_metrics_report_the_conflict(small):
 
 
 @pytest.mark.parametrize(
-  ('weighting', 'mode'), [(NashMTL(), 'stacked'), (InverseLoss(), 'sequential')]
+  ('weighting', 'mode'), [(NashMTL(), 'stacked'), (FAMO(), 'sequential')]
 )
 def test_parts_of_a_batch_give_the_update_of_the_whole(small, weighting, mode):
   experiment = two_tasks(small, weighting, mode)
@@ -214,9 +219,148 @@ def test_order_heads_and_metric_of_a_combiner(small):
     init_state(dataclasses.replace(experiment, tasks=bad), batch)
 
 
-def test_tasks_and_a_gradient_function_exclude_each_other(small):
-  with pytest.raises(ValueError, match='set one of gradient and tasks to None'):
-    two_tasks(small, MGDA(), gradient=MGDA())
+def losses_of(experiment, batch):
+  """Returns the jitted functions from parameters to each loss."""
+
+  def task(name, params):
+    losses = experiment.objective.loss(
+      experiment.model, {'params': params}, batch, jax.random.key(0), False
+    )
+    return losses.tasks[name]
+
+  return [functools.partial(task, name) for name in ('even', 'odd')]
+
+
+@pytest.mark.parametrize('mode', ['stacked', 'sequential'])
+def test_each_task_can_be_penalised(small, mode):
+  """Against backward passes through backward passes, and inverse losses."""
+  experiment = two_tasks(
+    small,
+    InverseLoss(),
+    mode,
+    gradient=GradientPenalty(0.5),
+    optimizer=FromOptax('sgd', Constant(1.0), (), None),
+  )
+  batch = first_batch(experiment)
+  before = jax.jit(lambda: init_state(experiment, batch))()
+  after, metrics = stepped(experiment, batch, before)
+
+  def penalised(loss, params):
+    value, gradient = jax.value_and_grad(loss)(params)
+    square = sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient))
+    return value + 0.25 * square
+
+  expected = jax.tree.map(jnp.zeros_like, before.params)
+  for name, loss in zip(
+    ('even', 'odd'), losses_of(experiment, batch), strict=True
+  ):
+    own = jax.jit(jax.value_and_grad(functools.partial(penalised, loss)))
+    value, gradient = own(before.params)
+    np.testing.assert_allclose(metrics[f'minimized/{name}'], value, rtol=1e-4)
+    weighted = optax.tree.scale(1 / metrics[name], gradient)
+    expected = jax.tree.map(jnp.add, expected, weighted)
+  moved = jax.tree.map(jnp.subtract, before.params, after.params)
+  close(moved, expected, 1e-4)
+  with pytest.raises(ValueError, match="set tasks.mode='stacked' or 'sequ"):
+    two_tasks(small, MGDA(), 'gram_then_backward', gradient=GradientPenalty(1))
+
+
+class Encoder(nn.Module):
+  """The part of a model whose output tasks share."""
+
+  width: int = 8
+
+  @nn.compact
+  def __call__(self, tokens_BL):
+    normal = nn.initializers.normal(0.5)
+    table_VD = self.param('table_VD', normal, (256, self.width))
+    w_DE = self.param('w_DE', normal, (self.width, self.width))
+    return jnp.tanh(table_VD[tokens_BL] @ w_DE), None
+
+
+class Encoded(nn.Module):
+  """Scores by a linear head after so many calls of an encoder."""
+
+  calls: int = 1
+
+  @nn.compact
+  def __call__(self, tokens_BL):
+    encoder = Encoder(name='encoder')
+    for _ in range(self.calls):
+      h_BLE, _ = encoder(tokens_BL)
+    normal = nn.initializers.normal(0.5)
+    return h_BLE @ self.param('w_EV', normal, (8, 256))
+
+
+def at_encoder(path='encoder', **changes):
+  return TaskCombiner(MGDA(), own=('w_EV',), representation=path, **changes)
+
+
+def test_tasks_are_weighed_at_the_representation_they_share(small):
+  experiment = small(
+    model=Encoded(),
+    tasks=at_encoder(),
+    optimizer=FromOptax('sgd', Constant(1.0), (), None),
+  )
+  batch = first_batch(experiment)
+  before = jax.jit(lambda: init_state(experiment, batch))()
+  after, metrics = stepped(experiment, batch, before)
+  moved = jax.tree.map(jnp.subtract, before.params, after.params)
+
+  def head(h_BLE, w_EV):
+    tasks = []
+    for rest in (0, 1):
+      is_own_BL = batch['targets'] % 2 == rest
+      log_p_BLV = jax.nn.log_softmax(h_BLE @ w_EV)
+      at = jnp.take_along_axis(log_p_BLV, batch['targets'][..., None], -1)
+      tasks.append(-jnp.sum(at[..., 0] * is_own_BL) / is_own_BL.sum())
+    return jnp.stack(tasks)
+
+  params = before.params
+  encode = lambda p: Encoder().apply({'params': p}, batch['tokens'])[0]
+  h_BLE, pull = jax.vjp(encode, params['encoder'])
+  arguments = h_BLE, params['w_EV']
+  by_h, by_w = jax.jit(jax.jacrev(head, argnums=(0, 1)))(*arguments)
+  g = np.asarray(by_h, np.float64).reshape(2, -1)
+  # The shortest vector on the line between two.
+  share = np.clip((g[1] - g[0]) @ g[1] / np.sum((g[1] - g[0]) ** 2), 0, 1)
+  np.testing.assert_allclose(metrics['weight/even'], share, rtol=1e-3)
+  (expected,) = pull(share * by_h[0] + (1 - share) * by_h[1])
+  close(moved['encoder'], expected, 1e-4)
+  close(moved['w_EV'], by_w.sum(axis=0), 1e-4)
+  cosine = g[0] @ g[1] / np.linalg.norm(g[0]) / np.linalg.norm(g[1])
+  np.testing.assert_allclose(metrics['cosine/even/odd'], cosine, atol=1e-5)
+
+
+def test_a_representation_must_be_there_once(small):
+  experiment = small(model=Encoded(), tasks=at_encoder('decoder'))
+  batch = first_batch(experiment)
+  with pytest.raises(ValueError, match="no submodule 'decoder'; it has enc"):
+    stepped(experiment, batch)
+  twice = small(model=Encoded(calls=2), tasks=at_encoder())
+  with pytest.raises(ValueError, match="calls 'encoder' 2 times"):
+    stepped(twice, batch)
+  with pytest.raises(ValueError, match="mode='gram_then_backward' and metric"):
+    at_encoder(mode='stacked')
+  with pytest.raises(ValueError, match='Equal does not weigh by inner prod'):
+    TaskCombiner(Equal(), representation='encoder')
+
+
+def test_famo_sees_what_the_step_did(small):
+  experiment = two_tasks(small, FAMO(), 'gram_then_backward')
+  batch = first_batch(experiment)
+  before = jax.jit(lambda: init_state(experiment, batch))()
+  after, metrics = stepped(experiment, batch, before)
+  losses = [float(metrics[name]) for name in ('even', 'odd')]
+  w = np.reciprocal(losses) / np.reciprocal(losses).sum()
+  np.testing.assert_allclose(metrics['weight/even'], w[0], rtol=1e-5)
+  falls = [
+    np.log(loss(before.params) / loss(after.params))
+    for loss in losses_of(experiment, batch)
+  ]
+  # The first step of Adam has the sign of the slope, and the learning rate.
+  logits = 0.025 * np.sign([falls[1] - falls[0], falls[0] - falls[1]])
+  np.testing.assert_allclose(after.tasks.learned.value_T, logits, rtol=1e-3)
 
 
 def test_combiners_are_recorded(small):

@@ -11,6 +11,7 @@ import optax
 
 from jaxformers.optim.tasks.combination import check_combination
 from jaxformers.optim.tasks.contract import Combination
+from jaxformers.optim.tasks.contract import GramWeighting
 from jaxformers.optim.tasks.gradient import Mode
 from jaxformers.optim.tasks.gradient import check_mode
 
@@ -68,6 +69,10 @@ class TaskCombiner:
     own: regular expressions for the paths of parameters that belong to single
       tasks, such as `"'head'"`; they get plain gradients of their own losses.
     metric: of inner products; None for plain ones.
+    representation: path of a submodule, such as `'stack'`, at whose output
+      inner products are taken in place of those at the parameters. Each task
+      then costs a backward pass of what follows it alone. A heuristic: see
+      `representation_value_and_grad`. Empty for the parameters.
   """
 
   weighting: Combination
@@ -75,10 +80,26 @@ class TaskCombiner:
   order: tuple[str, ...] = ()
   own: tuple[str, ...] = ()
   metric: AdamMetric | None = None
+  representation: str = ''
 
   def __post_init__(self):
     check_combination(self.weighting)
     check_mode(self.weighting, self.mode)
+    if self.representation:
+      self._check_representation()
+
+  def _check_representation(self):
+    if not isinstance(self.weighting, GramWeighting):
+      raise ValueError(
+        f'{type(self.weighting).__name__} does not weigh by inner products of '
+        "gradients; set representation=''."
+      )
+    if self.mode != 'gram_then_backward' or self.metric is not None:
+      raise ValueError(
+        'inner products at a representation need '
+        f"mode='gram_then_backward' and metric=None, got {self.mode!r} and "
+        f'{self.metric}.'
+      )
 
   def names(self, tasks: Sequence[str]) -> tuple[str, ...]:
     """Returns the tasks of an objective in order.
