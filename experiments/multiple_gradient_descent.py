@@ -10,7 +10,8 @@ kexue.fm/archives/8896; Sener and Koltun, 2018, arXiv 1810.04650.
 Run: `jaxformers reproduce experiments/multiple_gradient_descent.py`
 Expected: reproduced. Of 3000 steps, the mean of the gradients raises a loss in
 286, MGDA in none; the shortest mixture at the end is below 1e-8 for both. MGDA
-stops at an end of the front, at losses of 0 and 14.75.
+stops at an end of the front, at losses of 0 and 14.75. Nash-MTL, whose direction
+is as long as ever near the front, goes to and fro there: 2066 steps.
 Time: half a minute on 2 CPU cores.
 """
 
@@ -109,13 +110,19 @@ class MultipleGradientDescent(Study):
 
   def draw(self, results: Results, figure: Any) -> None:
     left, right = figure.subplots(1, 2)
-    for colour, variant in zip(PALETTE, results.variants, strict=False):
+    # The first are the widest, so that those on top of them hide none.
+    widths = np.linspace(5, 1, len(results.variants))
+    for colour, width, variant in zip(
+      PALETTE, widths, results.variants, strict=False
+    ):
       values = lambda name, v=variant: results.values(v, name)[0]
       rises = int(results.mean(variant, 'steps that raise a loss'))
-      style = {'color': colour, 'label': f'{variant} ({rises})'}
-      left.plot(values('x'), values('y'), marker='.', markersize=3, **style)
+      style = {'color': colour, 'lw': width, 'label': f'{variant} ({rises})'}
+      left.plot(values('x'), values('y'), **style)
       right.plot(values('loss 1'), values('loss 2'), **style)
-      right.plot(values('loss 1')[-1], values('loss 2')[-1], 'o', color=colour)
+      for axes, names in ((left, 'xy'), (right, ('loss 1', 'loss 2'))):
+        end = [values(name)[-1] for name in names]
+        axes.plot(*end, 'o', color=colour, markersize=4 + 2 * width)
     left.set_xlabel('first parameter')
     left.set_ylabel('second parameter')
     right.set_xlabel('loss of task 1')

@@ -1,8 +1,8 @@
 """Dividing losses or gradients by themselves makes tasks indifferent to units.
 
 Two regression tasks share six tanh units. The loss of the second is multiplied
-by 2^-13, some 1e-4, or 100 is added to it, and the same network is trained again. What is
-shown is the part of the second task's own loss that remains.
+by 2^-13, some 1e-4, or 100 is added to it, and the same network is trained
+again. What is shown is the part of the second task's own loss that remains.
 
 Source: Su Jianlin, "Multi-task learning (1): in the name of loss", 2022,
 kexue.fm/archives/8870.
@@ -119,18 +119,23 @@ class TaskLossWeighting(Study):
 
   def draw(self, results: Results, figure: Any) -> None:
     axes = figure.subplots()
-    width = 0.8 / len(CHANGES)
     for i, (colour, name) in enumerate(zip(PALETTE, CHANGES, strict=False)):
-      at = np.arange(len(results.variants)) + (i - 1) * width
+      at = np.arange(len(results.variants)) + 0.2 * (i - 1)
       values = np.array([results.values(v, name) for v in results.variants])
-      axes.bar(at, values.mean(axis=1), width, color=colour, label=name)
       axes.plot(
-        np.repeat(at, values.shape[1]), values.ravel(), 'k.', markersize=3
+        at, values.mean(axis=1), '_', color=colour, markersize=16, mew=3,
+        label=name,
+      )  # fmt: skip
+      axes.plot(
+        np.repeat(at, values.shape[1]), values.ravel(), '.', color=colour
       )
     axes.set_yscale('log')
+    ticks = 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0
+    axes.set_yticks(ticks, [f'{tick:g}' for tick in ticks])
+    axes.minorticks_off()
     axes.set_xticks(range(len(results.variants)), results.variants)
     axes.set_xlabel('losses are divided by (equal: by nothing)')
-    axes.set_ylabel('loss of task 2 after training, of that before')
+    axes.set_ylabel('part of the loss of task 2 that remains')
     figure.legend(
       handles=axes.get_legend_handles_labels()[0],
       title='loss of task 2',
