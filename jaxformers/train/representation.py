@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from flax.core import tracers
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,36 +15,46 @@ def shapes_at(
   """Returns shapes and dtypes of the arrays that a submodule puts out.
 
   Args:
-    path: of the submodule, such as `'stack'` or `'stack/layer_0'`.
+    path: of the submodule, such as `'stack'`.
     function: calls the model.
     *arguments: of the function; shapes will do.
 
   Raises:
-    ValueError: if the function does not call the submodule, or more than once.
+    ValueError: if the function does not call the submodule, or more than once,
+      or within a scan or a checkpoint.
   """
-  seen, found = [], []
+  seen, shapes, levels, outside = set(), [], [], []
 
   def look(module_path, output):
-    seen.append(module_path)
+    seen.add(module_path)
     if module_path == path:
-      found.append(
-        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in _arrays(output)]
-      )
+      levels.append(tracers.current_trace())
+      arrays = _arrays(output)
+      shapes.append([jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays])
     return output
 
-  jax.eval_shape(_watched(look, function), *arguments)
-  if not found:
-    known = ', '.join(sorted({p for p in seen if p})) or 'none'
+  def run(*arguments):
+    outside.append(tracers.current_trace())
+    _watched(look, function)(*arguments)
+
+  jax.eval_shape(run, *arguments)
+  if any(level != outside[0] for level in levels):
+    raise ValueError(
+      f'tasks.representation: {path!r} stands within layers that are scanned '
+      'or recomputed; choose a submodule around or after them.'
+    )
+  if not shapes:
+    known = ', '.join(sorted(seen - {''})) or 'none'
     raise ValueError(
       f'tasks.representation: the model has no submodule {path!r}; it has '
       f'{known}.'
     )
-  if len(found) > 1:
+  if len(shapes) > 1:
     raise ValueError(
-      f'tasks.representation: the model calls {path!r} {len(found)} times in '
+      f'tasks.representation: the model calls {path!r} {len(shapes)} times in '
       'one pass; choose a submodule that it calls once.'
     )
-  return found[0]
+  return shapes[0]
 
 
 def with_added(path: str, function: Callable[..., Any]) -> Callable[..., Any]:

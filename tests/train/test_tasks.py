@@ -282,10 +282,11 @@ class Encoded(nn.Module):
   """Scores by a linear head after so many calls of an encoder."""
 
   calls: int = 1
+  encoder_class: type = Encoder
 
   @nn.compact
   def __call__(self, tokens_BL):
-    encoder = Encoder(name='encoder')
+    encoder = self.encoder_class(name='encoder')
     for _ in range(self.calls):
       h_BLE, _ = encoder(tokens_BL)
     normal = nn.initializers.normal(0.5)
@@ -340,6 +341,9 @@ def test_a_representation_must_be_there_once(small):
   twice = small(model=Encoded(calls=2), tasks=at_encoder())
   with pytest.raises(ValueError, match="calls 'encoder' 2 times"):
     stepped(twice, batch)
+  within = Encoded(encoder_class=nn.remat(Encoder))
+  with pytest.raises(ValueError, match="'encoder' stands within layers"):
+    stepped(small(model=within, tasks=at_encoder()), batch)
   with pytest.raises(ValueError, match="mode='gram_then_backward' and metric"):
     at_encoder(mode='stacked')
   with pytest.raises(ValueError, match='Equal does not weigh by inner prod'):
