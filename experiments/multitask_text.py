@@ -9,11 +9,13 @@ gradients themselves do not notice; their sum does.
 Source: Su Jianlin, "Multi-task learning (1): in the name of loss", 2022,
 kexue.fm/archives/8870, and "(2): in the name of gradient", 8896.
 Run: `jaxformers reproduce experiments/multitask_text.py`
-Expected: weights made of losses or gradients leave nothing but rounding of the
-units, and the sum neglects the task with the smaller ones. The source calls
-dividing by the own loss "a very good baseline" and has no numbers for text: in
-units of 1 one of the three should come close to the sum.
-Time: 20 minutes on 2 CPU cores.
+Expected: reproduced. Weights made of losses or gradients leave nothing but
+rounding of the units; for the sum a factor of 100 costs 1.8 bits per byte, and
+one of 0.01 costs 0.11 nats of word ends. In units of 1 MGDA and Nash-MTL have
+the sum's 2.71 bits per byte, dividing by the own loss 2.76, though the source
+calls it "a very good baseline"; all three have a hundredth of a nat less of word
+ends. Two seeds of the sum are 0.045 bits apart.
+Time: 10 minutes on 2 idle CPU cores, 39 on busy ones.
 """
 
 import dataclasses
@@ -212,12 +214,16 @@ class MultitaskText(Study):
     names = 'bits per byte', 'word end'
     labels = 'next byte: held-out bits', 'letters left: held-out nats'
     for axes, name, label in zip(panels, names, labels, strict=True):
-      for colour, variant in zip(PALETTE, results.variants, strict=False):
+      count = len(results.variants)
+      asides = 1.2 ** (np.arange(count) - (count - 1) / 2)
+      for colour, aside, variant in zip(
+        PALETTE, asides, results.variants, strict=False
+      ):
         values = results.values(variant, name)
         mean = values.mean(axis=0)
         reach = mean - values.min(axis=0), values.max(axis=0) - mean
         axes.errorbar(
-          self.factors, mean, reach, marker='o', capsize=3, color=colour,
+          aside * np.array(self.factors), mean, reach, marker='o', capsize=3, color=colour,
           label=variant,
         )  # fmt: skip
       axes.set_xscale('log')

@@ -71,7 +71,8 @@ class TaskCombiner:
     metric: of inner products; None for plain ones.
     representation: path of a submodule, such as `'stack'`, at whose output
       inner products are taken in place of those at the parameters. Each task
-      then costs a backward pass of what follows it alone. A heuristic: see
+      then costs a backward pass of what follows it alone, and what serves one
+      task there belongs into `own`. A heuristic: see
       `representation_value_and_grad`. Empty for the parameters.
   """
 
