@@ -63,7 +63,8 @@ TOY_STUDIES = {
   ),
   'multiple_gradient_descent': ('steps=20',),
   'multitask_text': (
-    'factors=(1.0,)', 'steps=1', 'width=8', 'length=64', 'batch_size=512',
+    'factors=(1.0,)', 'steps=1', 'width=8', 'length=16', 'batch_size=8',
+    f'path="{ROOT / "LICENSE"}"',
   ),
   'primary_and_auxiliary': ('steps=10', 'noisy=40', 'clean=10'),
   'sgd_schedules': ('steps=30',),
