@@ -28,8 +28,16 @@ ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
 }
 """Mesh axes of each letter of an activation; other letters are not split."""
 
+LOOKED_UP_RULES = ACTIVATION_RULES | {'B': ('dcn', 'data'), 'D': ('fsdp',)}
+"""The same for rows that come out of a table whose width is split: from here
+to `ACTIVATION_RULES` it is one exchange among the devices of `fsdp`."""
 
-def place(x: Array, letters: str) -> Array:
+
+def place(
+  x: Array,
+  letters: str,
+  rules: dict[str, tuple[str, ...]] = ACTIVATION_RULES,
+) -> Array:
   """Asks for an activation to lie as its letters say.
 
   Axes that do not divide among their devices, and those that `jax.shard_map`
@@ -42,6 +50,7 @@ def place(x: Array, letters: str) -> Array:
   Args:
     x: an array with one axis per letter.
     letters: such as `'BLD'`.
+    rules: mesh axes of each letter.
 
   Raises:
     ValueError: if there are more or fewer letters than axes.
@@ -59,7 +68,7 @@ def place(x: Array, letters: str) -> Array:
   def axes(letter, size):
     found = tuple(
       axis
-      for axis in ACTIVATION_RULES.get(letter, ())
+      for axis in rules.get(letter, ())
       if types.get(axis) == AxisType.Auto and mesh.shape[axis] > 1
     )
     parts = math.prod(mesh.shape[axis] for axis in found)
