@@ -254,7 +254,9 @@ def _versions(topology):
 def _measured(compiled, topology):
   stats = compiled.memory_analysis()
   module = Module(compiled.as_text())
-  collectives = module.collectives(topology.island)
+  collectives = module.collectives(
+    topology.island, topology.devices // topology.island
+  )
   traffic = []
   for kind in sorted({c.kind for c in collectives}):
     own = [c for c in collectives if c.kind == kind]

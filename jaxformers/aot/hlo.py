@@ -205,16 +205,19 @@ class Module:
     ]
     return max(bounds, default=1)
 
-  def collectives(self, island: int) -> list[Collective]:
+  def collectives(self, island: int, islands: int = 1) -> list[Collective]:
     """Returns all collectives of a program.
 
     Args:
       island: how many consecutive devices fast links join.
+      islands: how many of them there are.
     """
     # One collective may be spread over several fusions, which share its
     # channel: of those the largest counts.
     found = {}
     for computation, times, instruction in self._all(self.entry, 1):
+      if found_far := self._far(instruction, times, islands):
+        found[instruction.name] = found_far
       kind = instruction.opcode.removesuffix('-start')
       if kind not in KINDS:
         continue
@@ -243,6 +246,19 @@ class Module:
       elif opcode in ('call', 'conditional', 'async-start'):
         for callee in self._callees(instruction):
           yield from self._all(callee, times)
+
+  def _far(self, instruction, times, islands):
+    """Returns the collective between slices that an instruction sends.
+
+    Programs for several slices of TPUs hand such a one to the host.
+    """
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
+    if instruction.opcode != 'send' or kind is None or islands < 2:
+      return None
+    kind = kind[1].lower().replace('_', '-')
+    size = times * array_bytes(instruction.shape)[0]
+    sent = size * _SENT.get(kind, lambda n: 1)(islands)
+    return Collective(kind, size, sent, islands, crosses=True)
 
   def _group(self, kind, text, island):
     """Returns how many devices take part, and whether they are apart."""

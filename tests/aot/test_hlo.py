@@ -135,3 +135,19 @@ channel_id=2, source_target_pairs={{0,1},{1,0}}
   assert found['all-gather'].bytes == 4 * 20
   assert found['collective-permute'].bytes == 8
   assert found['collective-permute'].crosses
+
+
+def test_slices_send_each_other_what_their_hosts_carry():
+  text = """HloModule m
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %after = token[] after-all()
+  %send = (f32[8]{0}, u32[], token[]) send(%p, %after), channel_id=4, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type=\
+"ALL_REDUCE"}
+}
+"""
+  [found] = Module(text).collectives(island=4, islands=4)
+  assert (found.kind, found.bytes, found.crosses) == ('all-reduce', 32, True)
+  assert found.sent == 2 * 32 * 3 / 4
