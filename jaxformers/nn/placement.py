@@ -10,6 +10,7 @@ import math
 
 import jax
 from jax import Array
+from jax.sharding import AbstractMesh
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
@@ -63,16 +64,45 @@ def place(
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
-  types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-
-  def axes(letter, size):
-    found = tuple(
-      axis
-      for axis in rules.get(letter, ())
-      if types.get(axis) == AxisType.Auto and mesh.shape[axis] > 1
+  spec = PartitionSpec(
+    *(
+      axes_of(mesh, rules.get(letter, ()), size) or PartitionSpec.UNCONSTRAINED
+      for letter, size in zip(letters, x.shape, strict=True)
     )
-    parts = math.prod(mesh.shape[axis] for axis in found)
-    return found if found and size % parts == 0 else PartitionSpec.UNCONSTRAINED
-
-  spec = PartitionSpec(*map(axes, letters, x.shape))
+  )
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def axes_of(
+  mesh: AbstractMesh, axes: tuple[str, ...], size: int
+) -> tuple[str, ...]:
+  """Returns those axes of a mesh that may cut an array's axis of that size.
+
+  Source: none; see `place`.
+
+  Args:
+    mesh: the mesh.
+    axes: names, of which the mesh need not have all.
+    size: what must divide among their devices; if it does not, none may.
+  """
+  types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  found = tuple(
+    axis
+    for axis in axes
+    if types.get(axis) == AxisType.Auto and mesh.shape[axis] > 1
+  )
+  return found if size % math.prod(mesh.shape[a] for a in found) == 0 else ()
+
+
+def sequence_mesh(length: int) -> AbstractMesh | None:
+  """Returns the mesh of the surrounding program if it cuts sequences.
+
+  Source: none; see `place`.
+
+  Args:
+    length: of the sequences, which must divide among the devices.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not axes_of(mesh, ('sequence',), length):
+    return None
+  return mesh
