@@ -34,7 +34,8 @@ MAY_IMPORT = {
   'testing': {
     'ops', 'nn', 'models', 'decode', 'losses', 'optim', 'text', 'data', 'train',
   },
-  'cli': {'train', 'data', 'decode', 'text'},
+  'aot': {'nn', 'train'},
+  'cli': {'train', 'data', 'decode', 'text', 'aot'},
 }  # fmt: skip
 MATHEMATICS = ('ops', 'losses')
 

@@ -7,6 +7,7 @@ import sys
 from typing import Any, NoReturn
 
 import jaxformers
+from jaxformers.cli import compile as compiling
 from jaxformers.cli import evaluate
 from jaxformers.cli import list as listing
 from jaxformers.cli import reproduce
@@ -30,6 +31,7 @@ first steps:
   jaxformers sample runs/lm --prompt 'In the beginning'
   jaxformers eval runs/lm
   jaxformers reproduce experiments/attention_concentration.py
+  jaxformers compile experiments/lm.py --topology v5e:2x2
 
 exit status:
   0  done, or saved and left after SIGTERM (the same command resumes)
@@ -127,6 +129,7 @@ def build_parser() -> Parser:
   _add(commands, 'sample', sample)
   _add(commands, 'eval', evaluate)
   _add(commands, 'reproduce', reproduce)
+  _add(commands, 'compile', compiling)
   _add(commands, 'list', listing)
   return root
 

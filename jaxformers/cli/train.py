@@ -52,6 +52,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     action='store_true',
     help='print every setting, ready for --set, and leave',
   )
+  parser.add_argument(
+    '--placement',
+    action='store_true',
+    help='print what each device holds of every array, and leave',
+  )
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +90,12 @@ def run(arguments: argparse.Namespace) -> None:
   experiment = override_all(experiment, arguments.settings, classes)
   if arguments.show:
     print(*record.tree(record.to_record(experiment)), sep='\n')
+    return
+  if arguments.placement:
+    from jaxformers.train.holdings import holdings_table
+    from jaxformers.train.program import abstract_state
+
+    print(holdings_table(abstract_state(experiment, experiment.mesh.build())))
     return
   from jaxformers.train.loop import train
 

@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 
+from jaxformers.nn.placement import place
 from jaxformers.nn.residual import PreNorm
 
 
@@ -33,13 +34,16 @@ class Block(nn.Module):
       y_BLD, new_state = self.mixer(
         x_BLD, state, segments_BL=segments_BL, deterministic=deterministic
       )
-      return drop(y_BLD), new_state
+      return drop(place(y_BLD, 'BLD')), new_state
+
+    def work(x_BLD):
+      return drop(place(self.feedforward(x_BLD), 'BLD')), None
 
     residual = self.residual.copy(name='mixer_residual')
     x_BLD, state = residual(x_BLD, mix)
     if self.feedforward is not None:
       residual = self.residual.copy(name='feedforward_residual')
-      x_BLD, _ = residual(x_BLD, lambda x: (drop(self.feedforward(x)), None))
+      x_BLD, _ = residual(x_BLD, work)
     return x_BLD, state
 
   def initial_state(self, batch_size, max_length, width, dtype):

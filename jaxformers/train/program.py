@@ -10,10 +10,13 @@ import numpy as np
 
 from jaxformers.data import Prepared
 from jaxformers.data import heldout_batches
+from jaxformers.nn.placement import ROWS
 from jaxformers.train.experiment import Experiment
 from jaxformers.train.objective import Batch
 from jaxformers.train.objective import Losses
+from jaxformers.train.sharding import axis_size
 from jaxformers.train.sharding import batch_sharding
+from jaxformers.train.sharding import on_mesh
 from jaxformers.train.sharding import shardings
 from jaxformers.train.state import TrainState
 from jaxformers.train.step import Metrics
@@ -87,13 +90,16 @@ def build(experiment: Experiment, prepared: Prepared) -> Program:
     prepared=prepared,
     mesh=mesh,
     abstract_state=state,
-    init=jax.jit(lambda: init_state(experiment, batch), out_shardings=places),
+    init=jax.jit(
+      on_mesh(lambda: init_state(experiment, batch), mesh),
+      out_shardings=places,
+    ),
     train_step=jax.jit(
-      train_step_of(experiment),
+      on_mesh(train_step_of(experiment), mesh),
       donate_argnums=0,
       out_shardings=(places, None),
     ),
-    evaluate_step=jax.jit(evaluate_step_of(experiment)),
+    evaluate_step=jax.jit(on_mesh(evaluate_step_of(experiment), mesh)),
   )
 
 
@@ -123,11 +129,12 @@ def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
   Raises:
     ValueError: if the batch does not divide among the devices.
   """
-  parts = mesh.shape['data'] * mesh.shape['fsdp'] * experiment.accumulate
+  parts = axis_size(mesh, ROWS) * experiment.accumulate
   if experiment.batch_size % parts:
     raise ValueError(
       f'batch_size {experiment.batch_size} does not divide into {parts} '
-      'parts (mesh axes data x fsdp, times accumulate); change one of them.'
+      'parts (mesh axes dcn x data x fsdp, times accumulate); change one of '
+      'them.'
     )
   return jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(

@@ -1,0 +1,70 @@
+"""Which meshes and recomputation policies are worth trying."""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+
+from jaxformers.aot.hardware import Topology
+from jaxformers.aot.report import Report
+from jaxformers.train.experiment import Experiment
+from jaxformers.train.sharding import MeshShape
+
+REMAT = None, 'dots_with_no_batch_dims_saveable', 'nothing_saveable'
+"""Policies, from most memory and least work to the opposite."""
+
+
+def candidates(
+  experiment: Experiment, topology: Topology, *, most_tensor: int = 16
+) -> Iterator[Experiment]:
+  """Yields the experiment with other meshes and recomputation.
+
+  Meshes share the devices of a slice out between `fsdp` and `tensor`, and
+  rows of the batch must divide by what is left for them. Of `data` there is
+  as much as there are rows that `fsdp` up to the whole slice does not take.
+
+  Args:
+    experiment: what is to fit.
+    topology: the machine.
+    most_tensor: how far heads and hidden units are cut at most.
+  """
+  per_slice = topology.devices // topology.slices
+  for tensor in _powers(min(most_tensor, per_slice)):
+    left = per_slice // tensor
+    if per_slice % tensor:
+      continue
+    for data in _powers(left):
+      rows = left * topology.slices * experiment.accumulate
+      if left % data or experiment.batch_size % rows:
+        continue
+      mesh = MeshShape(
+        data=data, fsdp=left // data, tensor=tensor, dcn=topology.slices
+      )
+      for remat in REMAT:
+        yield _with(experiment, mesh, remat)
+
+
+def _with(experiment, mesh, remat):
+  model = experiment.model
+  stack = getattr(model, 'stack', None)
+  if stack is not None and hasattr(stack, 'remat'):
+    model = model.clone(stack=stack.clone(remat=remat))
+  return dataclasses.replace(experiment, mesh=mesh, model=model)
+
+
+def _powers(most: int) -> list[int]:
+  return [2**i for i in range(most.bit_length()) if 2**i <= most]
+
+
+def ranking(reports: Sequence[Report]) -> list[Report]:
+  """Orders reports: those that fit, fastest first; then by what is too much.
+
+  Args:
+    reports: of the same step on the same machine.
+  """
+
+  def order(report):
+    if report.fits:
+      estimate = report.estimate()
+      return 0, estimate['step_seconds_without_overlap']
+    return 1, report.peak_bytes
+
+  return sorted(reports, key=order)

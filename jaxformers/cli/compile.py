@@ -1,0 +1,247 @@
+"""`jaxformers compile`: see whether a step fits a machine that is not here."""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from jaxformers.cli import experiment_file
+from jaxformers.cli.train import add_settings
+
+HELP = """\
+compile a step for a TPU or GPU machine, without having it
+The train step of an experiment is compiled by the machine's own compiler, and
+what it will ask of each device is reported: memory and its largest arrays,
+operations, bytes moved and sent, and how long a step takes at least. No data is
+read and nothing is allocated. The exit status is 1 if it does not fit."""
+
+EPILOG = """\
+examples:
+  jaxformers compile experiments/lm.py --topology v5e:2x2
+  jaxformers compile experiments/lm_1b.py --topology v5e:8x8
+  jaxformers compile experiments/lm_1b.py --topology '2*v5e:8x8' \\
+      --mesh dcn=2,fsdp=16,tensor=4
+  jaxformers compile experiments/lm_1b.py --topology v5p:4x4x4 --step decode
+  jaxformers compile experiments/lm_1b.py --topology v5e:4x4 --search
+  jaxformers compile experiments/lm_1b.py --topology h100:1x1x8
+
+topologies: v4:XxYxZ, v5e:XxY, v5p:XxYxZ, v6e:XxY, tpu7x:XxYxZ (chips along each
+axis), N* before it for N slices; h100:SLICESxHOSTSxDEVICES. TPUs need
+`pip install 'jaxformers[tpu]'`, GPUs `pip install 'jaxformers[gpu-aot]'`.
+"""
+
+_AXES = 'data', 'fsdp', 'tensor', 'sequence', 'dcn'
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+  """Declares the arguments.
+
+  Args:
+    parser: That of the command.
+  """
+  parser.add_argument(
+    'file',
+    metavar='FILE',
+    type=pathlib.Path,
+    help='a Python file with a function experiment() -> Experiment',
+  )
+  parser.add_argument(
+    '--topology',
+    metavar='NAME',
+    required=True,
+    help='the machine, such as v5e:16x16',
+  )
+  parser.add_argument(
+    '--mesh',
+    metavar='AXIS=N,...',
+    help='devices along each axis of the mesh, such as data=64,tensor=4; axes'
+    ' that are not named have 1 (default: that of the experiment)',
+  )
+  parser.add_argument(
+    '--step',
+    choices=('train', 'evaluate', 'decode'),
+    default='train',
+    help='which step to compile (default: train)',
+  )
+  parser.add_argument(
+    '--length',
+    metavar='N',
+    type=int,
+    help='tokens that the state of decoding holds (default: those of a row)',
+  )
+  parser.add_argument(
+    '--search',
+    action='store_true',
+    help='try meshes and recomputation policies, and rank what fits',
+  )
+  parser.add_argument(
+    '--fast',
+    action='store_true',
+    help='optimise less: several times faster, and the memory hardly differs',
+  )
+  parser.add_argument(
+    '--json',
+    metavar='FILE',
+    type=pathlib.Path,
+    help='write the report, or with --search all of them, here as well',
+  )
+  # How the command calls itself: compilers may crash and take the process along.
+  parser.add_argument(
+    '--worker', type=pathlib.Path, help=argparse.SUPPRESS, default=None
+  )
+  add_settings(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+  """Runs the command.
+
+  Args:
+    arguments: As parsed.
+  """
+  experiment_file.check_exists(arguments.file)
+  if arguments.worker is not None:
+    _work(arguments)
+    return
+  from jaxformers.aot.compile import environment
+  from jaxformers.aot.hardware import Topology
+
+  topology = Topology.parse(arguments.topology)
+  variables = environment(topology)
+  if arguments.search:
+    reports = _search(arguments, topology, variables)
+  else:
+    reports = [_apart(arguments, variables, _mesh_words(arguments.mesh))]
+  _show(reports, arguments)
+
+
+def _mesh_words(text: str | None) -> list[str]:
+  """Turns `data=64,tensor=4` into settings of the experiment's mesh."""
+  if text is None:
+    return []
+  sizes = dict.fromkeys(_AXES, '1')
+  for word in filter(None, text.split(',')):
+    axis, equals, size = word.partition('=')
+    if axis not in sizes or not equals or not size.lstrip('-').isdigit():
+      raise ValueError(
+        f'--mesh {word!r}: write AXIS=NUMBER with an axis of {", ".join(_AXES)},'
+        ' such as data=64,tensor=4.'
+      )
+    sizes[axis] = size
+  return [f'mesh.{axis}={size}' for axis, size in sizes.items()]
+
+
+def _apart(
+  arguments: argparse.Namespace, variables: dict[str, str], extra: list[str]
+) -> Any:
+  """Compiles in a process of its own; a crash of the compiler is retried."""
+  from jaxformers.aot.report import Report
+  from jaxformers.train.errors import RunFailed
+
+  with tempfile.TemporaryDirectory() as folder:
+    out = pathlib.Path(folder) / 'report.json'
+    words = [sys.executable, '-m', 'jaxformers', 'compile', str(arguments.file)]
+    words += ['--topology', arguments.topology, '--step', arguments.step]
+    words += ['--worker', str(out)]
+    words += ['--fast'] if arguments.fast else []
+    words += (
+      [] if arguments.length is None else ['--length', str(arguments.length)]
+    )
+    words += [w for s in (*arguments.settings, *extra) for w in ('--set', s)]
+    for _ in range(2):
+      done = subprocess.run(
+        words, env=os.environ | variables, capture_output=True, text=True
+      )
+      if done.returncode >= 0:
+        break
+    if done.returncode < 0:
+      raise RunFailed(
+        f'the compiler crashed twice (signal {-done.returncode}):\n'
+        f'{done.stderr[-2000:]}'
+      )
+    if done.returncode:
+      message = done.stderr.rpartition('jaxformers: error: ')[2].strip()
+      raise ValueError(message or f'compiling failed:\n{done.stderr[-4000:]}')
+    return Report.from_json(json.loads(out.read_text()))
+
+
+def _search(
+  arguments: argparse.Namespace, topology: Any, variables: dict[str, str]
+) -> list[Any]:
+  """Compiles all candidates, saying how each did, and returns them ranked."""
+  from jaxformers.aot.search import candidates
+  from jaxformers.aot.search import ranking
+
+  experiment = _experiment(arguments)
+  tried = list(candidates(experiment, topology))
+  if not tried:
+    raise ValueError(
+      f'batch_size {experiment.batch_size} does not divide among the devices '
+      f'of {topology.name} on any mesh; change it.'
+    )
+  reports = []
+  for number, candidate in enumerate(tried, 1):
+    mesh, remat = candidate.mesh, candidate.model.stack.remat
+    extra = [f'mesh={mesh!r}', f'model.stack.remat={remat!r}']
+    try:
+      report = _apart(arguments, variables, extra)
+    except ValueError as error:
+      print(f'{number}/{len(tried)} {mesh} remat={remat}: {error}')
+      continue
+    reports.append(report)
+    print(f'{number}/{len(tried)} {_line(report, remat)}', flush=True)
+  if not reports:
+    raise ValueError('no mesh could be compiled; the reasons are above.')
+  print()
+  return ranking(reports)
+
+
+def _line(report: Any, remat: str | None) -> str:
+  axes = ' '.join(f'{k}={n}' for k, n in report.mesh.items() if n > 1)
+  time = ''
+  if report.fits:
+    seconds = report.estimate()['step_seconds_without_overlap']
+    time = f', {1e3 * seconds:.1f} ms without overlap'
+  return f'{axes} remat={remat}: {report.verdict().partition(";")[0]}{time}'
+
+
+def _experiment(arguments: argparse.Namespace) -> Any:
+  module = experiment_file.load(arguments.file)
+  from jaxformers.train.override import override_all
+
+  experiment = experiment_file.experiment_of(module)
+  classes = experiment_file.classes_with(module)
+  return override_all(experiment, arguments.settings, classes)
+
+
+def _work(arguments: argparse.Namespace) -> None:
+  """Compiles in this process, whose environment is set up for it."""
+  from jaxformers.aot.compile import compile_step
+  from jaxformers.aot.hardware import Topology
+
+  report = compile_step(
+    _experiment(arguments),
+    Topology.parse(arguments.topology),
+    step=arguments.step,
+    length=arguments.length,
+    fast=arguments.fast,
+  )
+  arguments.worker.write_text(json.dumps(report.to_json()))
+
+
+def _show(reports: list[Any], arguments: argparse.Namespace) -> None:
+  """Prints the best report, writes all, and fails if nothing fits."""
+  from jaxformers.aot.report import table
+  from jaxformers.train.errors import RunFailed
+
+  print(table(reports[0]))
+  if arguments.json is not None:
+    trees = [report.to_json() for report in reports]
+    tree = trees if arguments.search else trees[0]
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(tree, indent=2) + '\n')
+  if not reports[0].fits:
+    raise RunFailed(reports[0].verdict())

@@ -1,0 +1,146 @@
+"""Reports: the roofline against numbers by hand, verdicts, and files."""
+
+import dataclasses
+import json
+
+import pytest
+
+from jaxformers.aot import CHIPS
+from jaxformers.aot import Report
+from jaxformers.aot import Topology
+from jaxformers.aot import candidates
+from jaxformers.aot import ranking
+from jaxformers.aot import table
+from jaxformers.aot.compile import _exhausted
+from jaxformers.aot.compile import environment
+from jaxformers.aot.report import Part
+from jaxformers.aot.report import Traffic
+from jaxformers.models import LanguageModel
+from jaxformers.nn import Block
+from jaxformers.nn import Stack
+from jaxformers.nn.mixers import Attention
+from jaxformers.train import Experiment
+
+REPORT = Report(
+  program='train',
+  topology='2*v5e:2x2',
+  mesh={'dcn': 2, 'data': 1, 'fsdp': 4, 'tensor': 1, 'sequence': 1},
+  versions={'jax': '1.0'},
+  fits=True,
+  peak_bytes=4 * 2**30,
+  parts=(Part('params in all', 2**30),),
+  buffers=(Part('f32[8]', 32),),
+  flops=197e12,
+  model_flops=197e12 * 0.75,
+  memory_traffic=0.41e12,
+  traffic=(Traffic('all-reduce', 3e9, 50e9, 6.25e9, 1),),
+  tokens=1000,
+  seconds_to_compile=1.0,
+)
+
+
+def test_the_roofline_is_that_of_the_busiest_resource():
+  seconds = REPORT.seconds()
+  assert seconds == pytest.approx(
+    {'compute': 1.0, 'memory': 0.5, 'links': 0.5, 'network': 2.0}
+  )
+  estimate = REPORT.estimate()
+  assert estimate['step_seconds'] == pytest.approx(2.0)
+  assert estimate['step_seconds_without_overlap'] == pytest.approx(4.0)
+  assert estimate['utilisation'] == pytest.approx(0.375)
+  assert estimate['tokens_per_second'] == pytest.approx(500)
+
+
+def test_a_report_is_a_file_and_a_table():
+  tree = json.loads(json.dumps(REPORT.to_json()))
+  assert Report.from_json(tree) == REPORT
+  text = table(REPORT)
+  for part in ('8 devices', '4.00 GiB of 15.75 GiB', 'all-reduce', '38%'):
+    assert part in text
+
+
+@pytest.mark.parametrize(
+  ('parts', 'advice'),
+  [
+    ((Part('params in all', 10 * 2**30),), 'share them out'),
+    ((Part('params in all', 2**30),), 'nothing_saveable'),
+  ],
+)
+def test_what_does_not_fit_says_by_how_much_and_what_to_change(parts, advice):
+  full = dataclasses.replace(
+    REPORT, fits=False, peak_bytes=17 * 2**30, parts=parts
+  )
+  assert '1.25 GiB too much' in full.verdict()
+  assert advice in full.verdict()
+  assert 'peak rates' not in table(full)
+  assert full.to_json()['estimate'] is None
+  assert ranking([full, REPORT]) == [REPORT, full]
+
+
+def test_the_compiler_is_understood_when_memory_runs_out():
+  message = (
+    'RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in '
+    'memory space hbm. Used 24.01G of 15.75G hbm. Exceeded hbm capacity by '
+    '8.26G.\n\nLargest program allocations in hbm:\n\n'
+    '  1. Size: 1.50G\n'
+    '     Operator: op_name="jit(step)/while/body/dot_general" stack_frame_id=1\n'
+    '     Shape: bf16[24,4,4096,2048]{3,2,1,0:T(8,128)(2,1)}\n'
+    '     Unpadded size: 1.50G\n'
+  )
+  found = _exhausted(message, Topology.parse('v5e:2x2'))
+  assert found['peak_bytes'] == 24.01 * 2**30
+  [part] = found['buffers']
+  assert part == Part('bf16[24,4,4096,2048] dot_general', 1.5 * 2**30)
+
+
+def test_topologies_are_read_and_written():
+  slices = Topology.parse('2*v5p:4x4x8')
+  assert (slices.devices, slices.chips, slices.island) == (256, 256, 128)
+  assert slices.name == '2*v5p:4x4x8'
+  assert Topology.parse('tpu7x:2x2x1').devices == 8
+  hosts = Topology.parse('h100:1x2x8')
+  assert (hosts.devices, hosts.island) == (16, 8)
+  for chip in CHIPS.values():
+    assert chip.memory > 1e10
+    assert chip.flops / chip.memory_bandwidth > 100
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('v5e', 'GENERATION:SHAPE'),
+    ('tpu7:2x2x1', "did you mean 'tpu7x'"),
+    ('v5e:2x2x2', '2 positive numbers'),
+    ('v5p:2x2', '3 positive numbers'),
+    ('v5e:0x2', '2 positive numbers'),
+    ('2*h100:1x1x8', 'only TPUs'),
+  ],
+)
+def test_what_is_no_topology_is_refused(text, message):
+  with pytest.raises(ValueError, match=message):
+    Topology.parse(text)
+
+
+def test_a_compiler_that_is_missing_is_named(monkeypatch):
+  monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+  with pytest.raises(ImportError, match=r'jaxformers\[tpu\]'):
+    environment(Topology.parse('v5e:2x2'))
+  with pytest.raises(ImportError, match=r'jaxformers\[gpu-aot\]'):
+    environment(Topology.parse('h100:1x1x8'))
+
+
+def test_candidates_share_out_all_devices_and_rows():
+  block = Block(mixer=Attention(num_heads=4))
+  model = LanguageModel(vocab_size=256, width=64, stack=Stack(block, depth=2))
+  experiment = Experiment(model=model, batch_size=16)
+  topology = Topology.parse('2*v5e:2x4')
+  found = list(candidates(experiment, topology))
+  assert len({(c.mesh, c.model.stack.remat) for c in found}) == len(found)
+  for candidate in found:
+    sizes = candidate.mesh.sizes(16)
+    assert sizes['dcn'] == 2
+    assert 16 % (sizes['dcn'] * sizes['data'] * sizes['fsdp']) == 0
+  assert {c.mesh.tensor for c in found} == {1, 2, 4, 8}
+  assert {c.model.stack.remat for c in found} == {
+    None, 'dots_with_no_batch_dims_saveable', 'nothing_saveable',
+  }  # fmt: skip
