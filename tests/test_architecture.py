@@ -123,6 +123,7 @@ NO_SOURCE = {
   'Reread', 'RetentionState', 'TokenLayer', 'PlusMinusState', 'GainState',
   'ScaleState',
   'AggregateState', 'GramWeighting',
+  'HippoMemoryState', 'HippoRNNState',
   'Multitask', 'Scalarizer', 'StackedCombination', 'Stateless',
 }  # fmt: skip
 

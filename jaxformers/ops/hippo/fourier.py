@@ -112,9 +112,9 @@ class FouS:
     return System(a_ST, np.ones(size))
 
   def decoder(self, size: int, age: Any, elapsed: Any = None) -> Any:
-    share = share(age, elapsed, 'FouS')
+    age = share(age, elapsed, 'FouS')
     turns = -2j * np.pi * _frequencies(size)
-    return numpy_of(share).exp(turns * share[..., None])
+    return numpy_of(age).exp(turns * age[..., None])
 
 
 def _fourier(size, window):
