@@ -123,7 +123,9 @@ NO_SOURCE = {
   'Reread', 'RetentionState', 'TokenLayer', 'PlusMinusState', 'GainState',
   'ScaleState',
   'AggregateState', 'GramWeighting',
-  'HippoMemoryState', 'HippoRNNState',
+  'HippoMemoryState', 'HippoRNNState', 'Measure', 'LinearSystem',
+  'Dynamics', 'ConstantDynamics', 'Memorized', 'MemoryState',
+  'dynamics_of',
   'Multitask', 'Scalarizer', 'StackedCombination', 'Stateless',
 }  # fmt: skip
 

@@ -142,5 +142,7 @@ class TestMixers(MixerConformance):
       HippoMemory(size=4, measure=LegT(window=6.0), channels=5, chunk=5),
       variant=True,
     ),
-    MixerCase('hippo_rnn', HippoRNN(size=3, memories=2, hidden=6)),
+    MixerCase(
+      'hippo_rnn', HippoRNN(size=3, memories=2, hidden=6, measure=LegT(6.0))
+    ),
   )

@@ -14,7 +14,7 @@ from jaxformers.nn.mixers.base import locate
 from jaxformers.nn.mixers.hippo_memory import real_dynamics
 from jaxformers.ops import segments
 from jaxformers.ops.hippo import Discretization
-from jaxformers.ops.hippo import HippoRNNState as CellState
+from jaxformers.ops.hippo import HippoCell
 from jaxformers.ops.hippo import HippoRNNWeights
 from jaxformers.ops.hippo import LegS
 from jaxformers.ops.hippo import Measure
@@ -82,7 +82,7 @@ class HippoRNN(nn.Module):
     project = lambda name, letters, width: Linear(
       letters, (width,), True, self.initializer, name=name
     )
-    initial = state and CellState(
+    initial = state and HippoCell(
       state.h_BE, MemoryState(state.x_BSM, state.cursor.position_B + 1)
     )
     out_BLE, last = hippo_rnn(

@@ -24,8 +24,8 @@ from jaxformers.ops.hippo.legs import legs_multiply
 from jaxformers.ops.hippo.legs import legs_projection
 from jaxformers.ops.hippo.legs import legs_solve
 from jaxformers.ops.hippo.legs import legs_transition
+from jaxformers.ops.hippo.measures import LinearSystem
 from jaxformers.ops.hippo.measures import Measure
-from jaxformers.ops.hippo.measures import System
 from jaxformers.ops.hippo.measures import reconstruct
 from jaxformers.ops.hippo.memory import Memorized
 from jaxformers.ops.hippo.memory import MemoryState
@@ -33,7 +33,7 @@ from jaxformers.ops.hippo.memory import hippo_memory
 from jaxformers.ops.hippo.named import S4_MEASURES
 from jaxformers.ops.hippo.polynomials import laguerre
 from jaxformers.ops.hippo.polynomials import legendre
+from jaxformers.ops.hippo.rnn import HippoCell
 from jaxformers.ops.hippo.rnn import HippoRNNOutput
-from jaxformers.ops.hippo.rnn import HippoRNNState
 from jaxformers.ops.hippo.rnn import HippoRNNWeights
 from jaxformers.ops.hippo.rnn import hippo_rnn

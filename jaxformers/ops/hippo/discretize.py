@@ -6,15 +6,15 @@ from typing import Literal
 from jaxtyping import Inexact
 import numpy as np
 
-from jaxformers.ops.hippo.measures import System
+from jaxformers.ops.hippo.measures import LinearSystem
 
 Discretization = Literal['zoh', 'bilinear', 'forward_euler', 'backward_euler']
 IMPLICIT = {'forward_euler': 0.0, 'bilinear': 0.5, 'backward_euler': 1.0}
 
 
 def discretize(
-  system: System, step: float, method: Discretization | float = 'zoh'
-) -> System:
+  system: LinearSystem, step: float, method: Discretization | float = 'zoh'
+) -> LinearSystem:
   """Returns the system that goes on by one step: `x+ = A x + B u`.
 
   With a share alpha of the step taken implicitly,
@@ -45,7 +45,7 @@ def discretize(
     block = np.zeros((size + 1, size + 1), np.result_type(a_ST, b_S))
     block[:size, :size], block[:size, size] = a_ST, b_S
     block = matrix_exponential(step * block)
-    return System(block[:size, :size], block[:size, size])
+    return LinearSystem(block[:size, :size], block[:size, size])
   alpha = IMPLICIT.get(method, method)
   if isinstance(alpha, str) or not 0 <= alpha <= 1:
     raise ValueError(
@@ -54,7 +54,7 @@ def discretize(
     )
   left_ST = np.eye(size) - alpha * step * a_ST
   right_ST = np.eye(size) + (1 - alpha) * step * a_ST
-  return System(
+  return LinearSystem(
     np.linalg.solve(left_ST, right_ST), np.linalg.solve(left_ST, step * b_S)
   )
 

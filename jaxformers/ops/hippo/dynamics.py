@@ -23,8 +23,8 @@ from jaxformers.ops.hippo.legs import legs_change
 from jaxformers.ops.hippo.legs import legs_multiply
 from jaxformers.ops.hippo.legs import legs_solve
 from jaxformers.ops.hippo.legs import shrinkage
+from jaxformers.ops.hippo.measures import LinearSystem
 from jaxformers.ops.hippo.measures import Measure
-from jaxformers.ops.hippo.measures import System
 from jaxformers.ops.hippo.measures import check_size
 from jaxformers.ops.hippo.times import Chunk
 
@@ -32,8 +32,6 @@ from jaxformers.ops.hippo.times import Chunk
 @runtime_checkable
 class Dynamics(Protocol):
   """One step of a memory.
-
-  Source: none; what memories have in common.
 
   Attributes:
     size: S.
@@ -220,13 +218,13 @@ class ApproximateLegS:
 class ConstantDynamics:
   """A system that is the same at all steps: windows, exponential memories.
 
-  Source: none; `x+ = A x + B u`, see `discretize`.
+  `x+ = A x + B u`, see `discretize`.
 
   Attributes:
     system: in discrete time.
   """
 
-  system: System
+  system: LinearSystem
 
   @property
   def size(self) -> int:
@@ -282,8 +280,6 @@ def dynamics_of(
   method: Discretization | float = 'zoh',
 ) -> Dynamics:
   """Returns the dynamics of a measure for samples of one length.
-
-  Source: none; `ExactLegS`, or `discretize`.
 
   Args:
     measure: in the paper's normalisation, if it is LegS.

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from jaxformers.ops.hippo.measures import System
+from jaxformers.ops.hippo.measures import LinearSystem
 from jaxformers.ops.hippo.measures import as_array
 from jaxformers.ops.hippo.measures import check_size
 from jaxformers.ops.hippo.measures import check_window
@@ -47,14 +47,14 @@ class FouT:
     if self.form not in ('real', 'complex'):
       raise ValueError(f"form must be 'real' or 'complex', got {self.form!r}.")
 
-  def system(self, size: int) -> System:
+  def system(self, size: int) -> LinearSystem:
     if self.form == 'real':
       a_ST, b_S = _fourier(size, self.window)
     else:
       a_ST = 2j * np.pi / self.window * np.diag(_frequencies(size))
       b_S = np.ones(size)
     rate = self.kappa / self.window
-    return System(a_ST - rate * np.outer(b_S, b_S), rate * b_S)
+    return LinearSystem(a_ST - rate * np.outer(b_S, b_S), rate * b_S)
 
   def decoder(self, size: int, age: Any, elapsed: Any = None) -> Any:
     del elapsed
@@ -81,9 +81,9 @@ class FouD:
 
   varies: ClassVar[bool] = False
 
-  def system(self, size: int) -> System:
+  def system(self, size: int) -> LinearSystem:
     a_ST, b_S = _fourier(size, 1.0)
-    return System(a_ST - np.eye(size) / 2, b_S)
+    return LinearSystem(a_ST - np.eye(size) / 2, b_S)
 
   def decoder(self, size: int, age: Any, elapsed: Any = None) -> Any:
     raise ValueError(
@@ -104,12 +104,12 @@ class FouS:
 
   varies: ClassVar[bool] = True
 
-  def system(self, size: int) -> System:
+  def system(self, size: int) -> LinearSystem:
     n = _frequencies(size)[:, None]
     gap_ST = n - n.T
     a_ST = -n / np.where(gap_ST == 0, 1, gap_ST) + 0j
     np.fill_diagonal(a_ST, 1j * np.pi * n[:, 0] - 1)
-    return System(a_ST, np.ones(size))
+    return LinearSystem(a_ST, np.ones(size))
 
   def decoder(self, size: int, age: Any, elapsed: Any = None) -> Any:
     age = share(age, elapsed, 'FouS')

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jaxformers.ops.hippo.measures import System
+from jaxformers.ops.hippo.measures import LinearSystem
 from jaxformers.ops.hippo.measures import as_array
 from jaxformers.ops.hippo.measures import check_size
 from jaxformers.ops.hippo.measures import numpy_of
@@ -31,7 +31,7 @@ class LagT:
   beta: float = 0.0
   varies: ClassVar[bool] = False
 
-  def system(self, size: int) -> System:
+  def system(self, size: int) -> LinearSystem:
     return _laguerre_system(size, 0.0, self.beta)
 
   def decoder(self, size: int, age: Any, elapsed: Any = None) -> Any:
@@ -66,7 +66,7 @@ class GeneralLagT:
         f'{self.alpha} and {self.beta}; LagT has beta = 0.'
       )
 
-  def system(self, size: int) -> System:
+  def system(self, size: int) -> LinearSystem:
     system = _laguerre_system(size, self.alpha, self.beta)
     return system.scaled(self._gain() / self._norm(size))
 
@@ -94,4 +94,4 @@ def _laguerre_system(size, alpha, beta):
   """Returns the dynamics of `exp(-(1 + beta) t / 2) L_n^alpha(t)`."""
   check_size(size)
   a_ST = -(1 + beta) / 2 * np.eye(size) - np.tril(np.ones((size, size)), -1)
-  return System(a_ST, laguerre(np.zeros(()), size, alpha))
+  return LinearSystem(a_ST, laguerre(np.zeros(()), size, alpha))

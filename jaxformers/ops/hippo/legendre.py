@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from jaxtyping import Float
 import numpy as np
 
-from jaxformers.ops.hippo.measures import System
+from jaxformers.ops.hippo.measures import LinearSystem
 from jaxformers.ops.hippo.measures import as_array
 from jaxformers.ops.hippo.measures import check_size
 from jaxformers.ops.hippo.measures import check_window
@@ -81,11 +81,11 @@ class LegS:
   normalization: Normalization = 'paper'
   varies: ClassVar[bool] = True
 
-  def system(self, size: int) -> System:
+  def system(self, size: int) -> LinearSystem:
     root_S = _roots(size)
     a_ST = np.diag(np.arange(size)) - np.tril(np.outer(root_S, root_S))
     scale_S = normalization_scale(self.normalization, size)
-    return System(a_ST, root_S).scaled(scale_S)
+    return LinearSystem(a_ST, root_S).scaled(scale_S)
 
   def decoder(self, size: int, age: Any, elapsed: Any = None) -> Any:
     age = share(age, elapsed, 'LegS')
@@ -107,7 +107,7 @@ class ExponentialLegS:
 
   varies: ClassVar[bool] = False
 
-  def system(self, size: int) -> System:
+  def system(self, size: int) -> LinearSystem:
     return LegS().system(size)
 
   def decoder(self, size: int, age: Any, elapsed: Any = None) -> Any:
@@ -139,11 +139,11 @@ class LegT:
   def __post_init__(self):
     check_window(self.window)
 
-  def system(self, size: int) -> System:
+  def system(self, size: int) -> LinearSystem:
     root_S, n = _roots(size), np.arange(size)
     sign_ST = np.where(n < n[:, None], 1.0, (-1.0) ** (n[:, None] - n))
     a_ST = -np.outer(root_S, root_S) * sign_ST
-    system = System(a_ST / self.window, root_S / self.window)
+    system = LinearSystem(a_ST / self.window, root_S / self.window)
     return system.scaled(normalization_scale(self.normalization, size))
 
   def decoder(self, size: int, age: Any, elapsed: Any = None) -> Any:

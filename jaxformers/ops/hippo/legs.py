@@ -20,13 +20,13 @@ import jax.numpy as jnp
 from jaxtyping import Float, Real
 import numpy as np
 
-from jaxformers.ops.hippo.measures import System
+from jaxformers.ops.hippo.measures import LinearSystem
 from jaxformers.ops.hippo.measures import check_size
 from jaxformers.ops.hippo.polynomials import legendre
 from jaxformers.ops.recurrence.linear import linear_recurrence
 
 
-def legs_transition(size: int, ratio: Any) -> System:
+def legs_transition(size: int, ratio: Any) -> LinearSystem:
   r"""Returns the exact step from time m to n = m / ratio, in float64.
 
   `x+ = E x + b u` with $E(r) = e^{-A \ln r}$ and $b = A^{-1}(E - I) B$, without
@@ -67,7 +67,7 @@ def legs_transition(size: int, ratio: Any) -> System:
   # Integrals of P_n over the newest sample; that of P_0 has no neighbour below.
   p = legendre(2 * ratio - 1, size + 1)
   b = np.concatenate([1 - r, (p[..., :-2] - p[..., 2:]) / 2 / root_S[1:]], -1)
-  return System(np.tril(e), b)
+  return LinearSystem(np.tril(e), b)
 
 
 class LegsChange(NamedTuple):

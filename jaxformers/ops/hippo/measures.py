@@ -24,7 +24,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class System:
+class LinearSystem:
   """A linear system with one input, in continuous or in discrete time.
 
   Attributes:
@@ -35,11 +35,11 @@ class System:
   a_ST: Inexact[np.ndarray, 'S T']
   b_S: Inexact[np.ndarray, ' S']
 
-  def scaled(self, scale_S: Any) -> 'System':
+  def scaled(self, scale_S: Any) -> 'LinearSystem':
     """Returns the dynamics of the states times `scale_S`."""
     scale_S = np.asarray(scale_S)
     a_ST = scale_S[:, None] * self.a_ST / scale_S
-    return System(a_ST, scale_S * self.b_S)
+    return LinearSystem(a_ST, scale_S * self.b_S)
 
 
 @runtime_checkable
@@ -52,7 +52,7 @@ class Measure(Protocol):
 
   varies: ClassVar[bool]
 
-  def system(self, size: int) -> System:
+  def system(self, size: int) -> LinearSystem:
     """Returns A and B.
 
     Args:

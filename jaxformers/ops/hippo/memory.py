@@ -24,8 +24,6 @@ MemoryMethod = Literal['chunked', 'sequential', 'associative']
 class MemoryState(NamedTuple):
   """A memory after some samples.
 
-  Source: none; the state of `hippo_memory`.
-
   Attributes:
     x_BSD: coefficients of each channel, in at least float32.
     elapsed_B: how many samples a row has seen, int32; or the time of the last.
@@ -37,8 +35,6 @@ class MemoryState(NamedTuple):
 
 class Memorized(NamedTuple):
   """What `hippo_memory` returns.
-
-  Source: none; a pair.
 
   Attributes:
     out: `[B, L, S, D]`, the coefficients after each sample; with a readout `[B,

@@ -33,7 +33,7 @@ class HippoRNNWeights(NamedTuple):
   candidate_SME: Float[Array, 'S M E']
 
 
-class HippoRNNState(NamedTuple):
+class HippoCell(NamedTuple):
   """The cell after some tokens.
 
   Source: see `hippo_rnn`.
@@ -58,7 +58,7 @@ class HippoRNNOutput(NamedTuple):
   """
 
   out: Float[Array, 'B L E']
-  last: HippoRNNState
+  last: HippoCell
 
 
 def hippo_rnn(
@@ -67,7 +67,7 @@ def hippo_rnn(
   candidate_BLE: Float[Array, 'B L E'],
   weights: HippoRNNWeights,
   dynamics: Dynamics,
-  initial: HippoRNNState | None = None,
+  initial: HippoCell | None = None,
   *,
   places: Places | None = None,
 ) -> HippoRNNOutput:
@@ -129,7 +129,7 @@ def hippo_rnn(
   # [n, C, B, E] -> [B, n C, E]
   out = jnp.moveaxis(out, 2, 0).reshape(batch, -1, width)[:, :length]
   elapsed_B = jnp.broadcast_to(times.until_BC[:, -1], (batch,))
-  return HippoRNNOutput(out, HippoRNNState(h_BE, MemoryState(x_BSM, elapsed_B)))
+  return HippoRNNOutput(out, HippoCell(h_BE, MemoryState(x_BSM, elapsed_B)))
 
 
 def _cell(weights, dynamics, state, token):

@@ -14,8 +14,6 @@ from jaxformers.ops.segments import Places
 class Chunk(NamedTuple):
   """Where the places of a chunk stand; B may be 1.
 
-  Source: none; what padding and packing ask for.
-
   Attributes:
     since_BC: time before each sample, 0 where a segment begins.
     until_BC: time after it; both are that of the last sample at padding.
@@ -113,7 +111,6 @@ def cut_times(whole: Chunk, chunk: int) -> Chunk:
   Returns:
     Arrays `[L / C, B, C]`, and `[L / C, B]` for the time before each.
   """
-  length = whole.until_BC.shape[1]
   end_B1 = whole.until_BC[:, -1:]
   since, until, is_token, begins = (
     in_chunks(x, chunk)
