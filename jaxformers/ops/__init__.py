@@ -87,7 +87,7 @@ from jaxformers.ops.hippo import LinearSystem
 from jaxformers.ops.hippo import Measure
 from jaxformers.ops.hippo import Memorized
 from jaxformers.ops.hippo import MemoryState
-from jaxformers.ops.hippo import discretize
+from jaxformers.ops.hippo import discretize_system
 from jaxformers.ops.hippo import dynamics_of
 from jaxformers.ops.hippo import hippo_memory
 from jaxformers.ops.hippo import hippo_rnn

@@ -1,7 +1,7 @@
 """Memories of fixed size: bases, their dynamics, runs over sequences."""
 
 from jaxformers.ops.hippo.discretize import Discretization
-from jaxformers.ops.hippo.discretize import discretize
+from jaxformers.ops.hippo.discretize import discretize_system
 from jaxformers.ops.hippo.discretize import matrix_exponential
 from jaxformers.ops.hippo.dynamics import ApproximateLegS
 from jaxformers.ops.hippo.dynamics import ConstantDynamics

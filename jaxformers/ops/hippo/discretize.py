@@ -12,7 +12,7 @@ Discretization = Literal['zoh', 'bilinear', 'forward_euler', 'backward_euler']
 IMPLICIT = {'forward_euler': 0.0, 'bilinear': 0.5, 'backward_euler': 1.0}
 
 
-def discretize(
+def discretize_system(
   system: LinearSystem, step: float, method: Discretization | float = 'zoh'
 ) -> LinearSystem:
   """Returns the system that goes on by one step: `x+ = A x + B u`.

@@ -13,7 +13,7 @@ from jaxtyping import Float, Inexact
 import numpy as np
 
 from jaxformers.ops.hippo.discretize import Discretization
-from jaxformers.ops.hippo.discretize import discretize
+from jaxformers.ops.hippo.discretize import discretize_system
 from jaxformers.ops.hippo.legendre import LegS
 from jaxformers.ops.hippo.legs import LegsChange
 from jaxformers.ops.hippo.legs import at_nodes
@@ -218,7 +218,7 @@ class ApproximateLegS:
 class ConstantDynamics:
   """A system that is the same at all steps: windows, exponential memories.
 
-  `x+ = A x + B u`, see `discretize`.
+  `x+ = A x + B u`, see `discretize_system`.
 
   Attributes:
     system: in discrete time.
@@ -286,13 +286,15 @@ def dynamics_of(
     size: S.
     step: length of a sample, in the unit of the measure's window; LegS has no
       unit.
-    method: see `discretize`.
+    method: see `discretize_system`.
 
   Raises:
     ValueError: for FouS, and other normalisations of LegS.
   """
   if not measure.varies:
-    return ConstantDynamics(discretize(measure.system(size), step, method))
+    return ConstantDynamics(
+      discretize_system(measure.system(size), step, method)
+    )
   if measure != LegS():
     raise ValueError(
       f'{measure} has no exact steps; take LegS() in the normalisation of the '
