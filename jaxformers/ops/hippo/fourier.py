@@ -96,8 +96,8 @@ class FouD:
 class FouS:
   """The whole history in a Fourier series, complex. For study only.
 
-  Unlike LegS it is not exact: coefficients of a signal of 3 cycles are off by
-  0.22, 0.14, 0.09 and 0.054 of their norm for 2 M + 1 states, M = 4, 8, 16, 32.
+  Unlike LegS it is not exact: coefficients of a sine of 3 cycles are off by 0.28,
+  0.18, 0.12 and 0.07 of their norm for 2 M + 1 states, M = 4, 8, 16 and 32.
 
   Source: Su Jianlin, "Revisiting SSM (2)", 2024, kexue.fm/archives/10137.
   """
