@@ -42,9 +42,8 @@ class HippoMemory(nn.Module):
   sees the whole history at a resolution that falls as the history grows; with
   LegT a sliding window.
 
-  No weight decay is needed for `readout_SE`, which like other weights of linear
-  state-space layers is best left to the group `readout_` of
-  `jaxformers.optim.matching`.
+  Dynamics hold no parameters, so nothing asks for a learning rate of its own.
+  Where the readout shall not decay, its path matches `readout_SE$`.
 
   Source: Gu et al., "HiPPO", 2020, arXiv 2008.07669; Voelker, Kajic and
   Eliasmith, "Legendre Memory Units", 2019 (linear memory, learned readout).

@@ -184,7 +184,6 @@ def remembered(measure, size, end):
   [
     (LegT(), 16, 1e-4),
     (LegT(1.5, 'lmu'), 16, 1e-4),
-    (LegT(1.5, 'orthonormal'), 16, 1e-4),
     (LegT(1.5, 'legendre'), 16, 1e-4),
     # Fourier series of what does not repeat converge slowly.
     (FouT(), 64, 1e-2),
