@@ -125,6 +125,10 @@ NO_SOURCE = {
   'ScaleState',
   'AggregateState', 'GramWeighting',
   'Multitask', 'Retrospective', 'Scalarizer', 'StackedCombination', 'Stateless',
+  'HippoMemoryState', 'HippoRNNState', 'Measure', 'LinearSystem',
+  'Dynamics', 'ConstantDynamics', 'Memorized', 'MemoryState',
+  'dynamics_of',
+  'Multitask', 'Scalarizer', 'StackedCombination', 'Stateless',
 }  # fmt: skip
 
 

@@ -24,6 +24,16 @@ TOY = (
   'baseline=None', 'preview.tokens=3', 'mesh.data=8',
 )  # fmt: skip
 TOY_STUDIES = {
+  'closed_form_head': ('sizes=(8, 16, 64)', 'few=1', 'iterations=2'),
+  'hippo_delay_line': (
+    'fastest=(1.0,)', 'sizes=(2, 4)', 'windows=3',
+  ),
+  'hippo_reconstruction': ('cycles=(1,)', 'compared=1', 'length=16', 'sizes=(2,)'),
+  'implicit_regularization': (
+    'rates=(0.01, 0.06)', 'penalties=(0.03,)', 'time=1.0',
+  ),
+  'local_cosines': ('steps=3',),
+  'sgd_schedules': ('steps=30',),
   'attention_concentration': (
     'keys=16', 'queries=4', 'width=4', 'lengths=(0.5, 8.0)',
   ),

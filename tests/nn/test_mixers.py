@@ -8,6 +8,8 @@ from jaxformers.nn import Normal
 from jaxformers.nn import RMSNorm
 from jaxformers.nn import UnitNorm
 from jaxformers.nn.mixers import Attention
+from jaxformers.nn.mixers import HippoMemory
+from jaxformers.nn.mixers import HippoRNN
 from jaxformers.nn.mixers import LinearAttention
 from jaxformers.nn.mixers import Retention
 from jaxformers.ops import ALiBi
@@ -15,6 +17,7 @@ from jaxformers.ops import Causal
 from jaxformers.ops import EntropyNormalizedSoftmax
 from jaxformers.ops import InverseSqrt
 from jaxformers.ops import LeakyReRoPE
+from jaxformers.ops import LegT
 from jaxformers.ops import LogLength
 from jaxformers.ops import NoMask
 from jaxformers.ops import ReRoPE
@@ -132,5 +135,14 @@ class TestMixers(MixerConformance):
       'attention_entropy_normalized',
       Attention(num_heads=2, kind=EntropyNormalizedSoftmax(0.6, relative=True)),
       variant=True,
+    ),
+    MixerCase('hippo_memory', HippoMemory(size=4, chunk=5)),
+    MixerCase(
+      'hippo_memory_window',
+      HippoMemory(size=4, measure=LegT(window=6.0), channels=5, chunk=5),
+      variant=True,
+    ),
+    MixerCase(
+      'hippo_rnn', HippoRNN(size=3, memories=2, hidden=6, measure=LegT(6.0))
     ),
   )
