@@ -4,3 +4,6 @@ from jaxformers.ops.recurrence.outer import Method
 from jaxformers.ops.recurrence.outer import Recurred
 from jaxformers.ops.recurrence.outer import decay_weights
 from jaxformers.ops.recurrence.outer import outer_recurrence
+from jaxformers.ops.recurrence.short import ShortConvolved
+from jaxformers.ops.recurrence.short import sharded_short_convolution
+from jaxformers.ops.recurrence.short import short_convolution
