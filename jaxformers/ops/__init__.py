@@ -117,8 +117,10 @@ from jaxformers.ops.positions import Rotary
 from jaxformers.ops.positions import rotate
 from jaxformers.ops.positions import sinusoidal
 from jaxformers.ops.recurrence import Recurred
+from jaxformers.ops.recurrence import Selected
 from jaxformers.ops.recurrence import ShortConvolved
 from jaxformers.ops.recurrence import outer_recurrence
+from jaxformers.ops.recurrence import selective_recurrence
 from jaxformers.ops.recurrence import sharded_short_convolution
 from jaxformers.ops.recurrence import short_convolution
 from jaxformers.ops.recurrent_attention import Reread

@@ -4,6 +4,10 @@ from jaxformers.ops.recurrence.outer import Method
 from jaxformers.ops.recurrence.outer import Recurred
 from jaxformers.ops.recurrence.outer import decay_weights
 from jaxformers.ops.recurrence.outer import outer_recurrence
+from jaxformers.ops.recurrence.selective import Discretization
+from jaxformers.ops.recurrence.selective import Selected
+from jaxformers.ops.recurrence.selective import SelectiveMethod
+from jaxformers.ops.recurrence.selective import selective_recurrence
 from jaxformers.ops.recurrence.short import ShortConvolved
 from jaxformers.ops.recurrence.short import sharded_short_convolution
 from jaxformers.ops.recurrence.short import short_convolution
