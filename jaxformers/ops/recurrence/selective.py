@@ -12,10 +12,8 @@ from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Float, Inexact
 
+from jaxformers.ops.recurrence.chunks import scan_chunks
 from jaxformers.ops.segments import Places
-
-CHUNK = 64
-"""Tokens between states that are kept, where nothing else is said."""
 
 SelectiveMethod = Literal['fused', 'chunked', 'associative', 'sequential']
 Discretization = Literal['euler', 'zoh']
@@ -89,7 +87,7 @@ def selective_recurrence(
       padding, whatever it holds, leaves them alone. None for one segment.
     discretization: see above.
     method: see above.
-    chunk: C, tokens per chunk; None for `CHUNK`. For `'fused'`, `'chunked'`.
+    chunk: C, tokens per chunk, for `'fused'` and `'chunked'`; None for 64.
 
   Raises:
     ValueError: if shapes do not fit, or an option is unknown.
@@ -201,9 +199,7 @@ def _read(tokens, constants, state):
 
 def _in_chunks(transition, tokens, constants, state_BGSE, method, chunk):
   """Goes from chunk to chunk; keeps nothing but the states between them."""
-  batch, length = tokens['is_token'].shape
-  count = -(-length // (CHUNK if chunk is None else chunk))
-  chunk = -(-length // count)
+  batch = state_BGSE.shape[0]
   # Each row of the batch adds up its own share of the gradients of constants,
   # in the shape of the state: no sum has to be taken in the loop.
   constants = jax.tree.map(
@@ -229,21 +225,9 @@ def _in_chunks(transition, tokens, constants, state_BGSE, method, chunk):
     states = _associative(*transit(tokens, constants), state_BGSE)
     return states[-1], _read(tokens, constants, states)
 
-  # [B, L, ...] -> [n, C, B, ...]; zeros at the end are no tokens.
-  chunks = jax.tree.map(
-    lambda z: jnp.moveaxis(
-      _padded(z, count * chunk).reshape(batch, count, chunk, *z.shape[2:]), 0, 2
-    ),
-    tokens,
-  )
   body = by_steps if method == 'fused' else in_parallel
-  last, out_NCBGE = jax.lax.scan(
-    jax.checkpoint(body, prevent_cse=False), state_BGSE, chunks
-  )
-  out_BLGE = jnp.moveaxis(out_NCBGE, 2, 0).reshape(
-    batch, count * chunk, *out_NCBGE.shape[3:]
-  )
-  return out_BLGE[:, :length], last
+  last_BGSE, out_BLGE = scan_chunks(body, state_BGSE, tokens, chunk)
+  return out_BLGE, last_BGSE
 
 
 def _whole(transition, tokens, constants, state_BGSE, method, chunk):
@@ -295,11 +279,6 @@ def _grouped(x_BLE, groups):
 def _per_group(x_ES, groups):
   """Returns `[G, S, E / G]`."""
   return x_ES.reshape(groups, -1, x_ES.shape[1]).swapaxes(1, 2)
-
-
-def _padded(x_BL, length):
-  widths = [(0, 0), (0, length - x_BL.shape[1])] + [(0, 0)] * (x_BL.ndim - 2)
-  return jnp.pad(x_BL, widths)
 
 
 def _check(x, step, a, systems, gains, initial):
