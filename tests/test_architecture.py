@@ -121,6 +121,7 @@ NO_SOURCE = {
   'Mixer', 'AttentionState', 'Constant', 'FromOptax', 'LanguageModelState',
   'LinearAttended', 'LinearAttentionState', 'LinearMemory', 'Recurred',
   'Reread', 'RetentionState', 'TokenLayer', 'PlusMinusState', 'GainState',
+  'MambaState', 'RGLRUState', 'RecurrentBlockState', 'RWKV4State', 'TokenShiftState',
   'GatedRecurred', 'WKV', 'WKVState', 'ScaleState', 'Selected', 'ShortConvolved',
   'AggregateState', 'GramWeighting',
   'Multitask', 'Scalarizer', 'StackedCombination', 'Stateless',

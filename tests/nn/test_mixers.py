@@ -7,9 +7,14 @@ from jaxformers.nn import LearnedT5Bias
 from jaxformers.nn import Normal
 from jaxformers.nn import RMSNorm
 from jaxformers.nn import UnitNorm
+from jaxformers.nn.mixers import RGLRU
+from jaxformers.nn.mixers import RWKV4
 from jaxformers.nn.mixers import Attention
 from jaxformers.nn.mixers import LinearAttention
+from jaxformers.nn.mixers import Mamba
+from jaxformers.nn.mixers import RecurrentBlock
 from jaxformers.nn.mixers import Retention
+from jaxformers.nn.mixers import RWKV4ChannelMixing
 from jaxformers.ops import ALiBi
 from jaxformers.ops import Causal
 from jaxformers.ops import EntropyNormalizedSoftmax
@@ -133,4 +138,27 @@ class TestMixers(MixerConformance):
       Attention(num_heads=2, kind=EntropyNormalizedSoftmax(0.6, relative=True)),
       variant=True,
     ),
+    MixerCase('mamba', Mamba(state_size=2, chunk=5)),
+    MixerCase(
+      'mamba_constant_zoh_chunked',
+      Mamba(
+        expand=1,
+        state_size=2,
+        taps=1,
+        selective=False,
+        use_bias=True,
+        conv_bias=False,
+        discretization='zoh',
+        method='chunked',
+        chunk=5,
+      ),
+      variant=True,
+    ),
+    MixerCase('rg_lru', RGLRU(num_heads=2, chunk=5), variant=True),
+    MixerCase(
+      'recurrent_block',
+      RecurrentBlock(width=8, recurrence=RGLRU(num_heads=2, chunk=5)),
+    ),
+    MixerCase('rwkv4', RWKV4(layer=1, layers=3, chunk=5)),
+    MixerCase('rwkv4_channel_mixing', RWKV4ChannelMixing(hidden=8)),
   )
