@@ -55,6 +55,10 @@ TOY_STUDIES = {
   'learnt_step_sizes': (
     'rates=(0.1,)', 'mistuned=0.1', 'tuned=0.1', 'steps=4', 'width=2',
   ),
+  'selective_copying': (
+    'length=4', 'count=2', 'width=4', 'state_size=2', 'depth=1', 'steps=2',
+    'points=1', 'batch_size=2', 'judged=4',
+  ),
   'sparse_targets': ('inputs=4', 'steps=4'),
   'lora_plus_ratio': (
     'shapes=((8, 8), (8, 4))', 'ranks=(2,)', 'rows=2', 'repeats=2',
