@@ -208,6 +208,17 @@ def test_the_attention_benchmark_measures(monkeypatch):
   assert results['memory_growth'] < 5
 
 
+def test_the_selective_benchmark_measures(monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT))
+  from experiments.benchmarks import selective
+
+  results = selective.measure(64, 8, (2,), rounds=1)
+  fused = results['recurrence_states_2']
+  assert fused['forward_backward_speed_relative_to_associative'] > 0
+  assert 0 < fused['memory_relative_to_associative']
+  assert results['mamba_block']['forward_speed_relative_to_published'] > 0
+
+
 def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
   tmp_path, small_text
 ):
