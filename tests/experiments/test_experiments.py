@@ -64,6 +64,14 @@ TOY_STUDIES = {
     'width=16', 'depth=1', 'steps=1', 'windows=8',
   ),
   'local_cosines': ('steps=3',),
+  'learnt_step_sizes': (
+    'rates=(0.1,)', 'mistuned=0.1', 'tuned=0.1', 'steps=4', 'width=2',
+  ),
+  'selective_copying': (
+    'length=4', 'count=2', 'width=4', 'state_size=2', 'depth=1', 'steps=2',
+    'points=1', 'batch_size=2', 'judged=4',
+  ),
+  'sparse_targets': ('inputs=4', 'steps=4'),
   'lora_plus_ratio': (
     'shapes=((8, 8), (8, 4))', 'ranks=(2,)', 'rows=2', 'repeats=2',
   ),
@@ -229,6 +237,15 @@ def test_the_multitask_benchmark_measures(monkeypatch):
   for mode in ('gram_then_backward', 'stacked', 'sequential'):
     assert results[f'{mode}_time_relative_to_one'] > 0
     assert results[f'{mode}_memory_relative_to_one'] > 0
+def test_the_selective_benchmark_measures(monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT))
+  from experiments.benchmarks import selective
+
+  results = selective.measure(64, 8, (2,), rounds=1)
+  fused = results['recurrence_states_2']
+  assert fused['forward_backward_speed_relative_to_associative'] > 0
+  assert 0 < fused['memory_relative_to_associative']
+  assert results['mamba_block']['forward_speed_relative_to_published'] > 0
 
 
 def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(

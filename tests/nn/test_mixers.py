@@ -7,11 +7,16 @@ from jaxformers.nn import LearnedT5Bias
 from jaxformers.nn import Normal
 from jaxformers.nn import RMSNorm
 from jaxformers.nn import UnitNorm
+from jaxformers.nn.mixers import RGLRU
+from jaxformers.nn.mixers import RWKV4
 from jaxformers.nn.mixers import Attention
 from jaxformers.nn.mixers import HippoMemory
 from jaxformers.nn.mixers import HippoRNN
 from jaxformers.nn.mixers import LinearAttention
+from jaxformers.nn.mixers import Mamba
+from jaxformers.nn.mixers import RecurrentBlock
 from jaxformers.nn.mixers import Retention
+from jaxformers.nn.mixers import RWKV4ChannelMixing
 from jaxformers.ops import ALiBi
 from jaxformers.ops import Causal
 from jaxformers.ops import EntropyNormalizedSoftmax
@@ -145,4 +150,27 @@ class TestMixers(MixerConformance):
     MixerCase(
       'hippo_rnn', HippoRNN(size=3, memories=2, hidden=6, measure=LegT(6.0))
     ),
+    MixerCase('mamba', Mamba(state_size=2, chunk=5)),
+    MixerCase(
+      'mamba_constant_zoh_chunked',
+      Mamba(
+        expand=1,
+        state_size=2,
+        taps=1,
+        selective=False,
+        use_bias=True,
+        conv_bias=False,
+        discretization='zoh',
+        method='chunked',
+        chunk=5,
+      ),
+      variant=True,
+    ),
+    MixerCase('rg_lru', RGLRU(num_heads=2, chunk=5), variant=True),
+    MixerCase(
+      'recurrent_block',
+      RecurrentBlock(width=8, recurrence=RGLRU(num_heads=2, chunk=5)),
+    ),
+    MixerCase('rwkv4', RWKV4(layer=1, layers=3, chunk=5)),
+    MixerCase('rwkv4_channel_mixing', RWKV4ChannelMixing(hidden=8)),
   )

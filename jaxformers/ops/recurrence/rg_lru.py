@@ -1,0 +1,147 @@
+"""A recurrence per channel whose gates decide what it keeps."""
+
+from typing import NamedTuple
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from jaxformers.ops.recurrence.chunks import scan_chunks
+from jaxformers.ops.segments import Places
+
+STEEPEST = 1000.0
+"""Largest derivative of a square root in the backward pass."""
+
+
+class GatedRecurred(NamedTuple):
+  """What a recurrence of one number per channel returns.
+
+  Attributes:
+    out_BLD: the states at all tokens, in the dtype of the input.
+    last_BD: the last, in at least float32.
+  """
+
+  out_BLD: Float[Array, 'B L D']
+  last_BD: Float[Array, 'B D']
+
+
+def rg_lru(
+  x_BLD: Float[Array, 'B L D'],
+  input_gate_BLD: Float[Array, 'B L D'],
+  recurrence_gate_BLD: Float[Array, 'B L D'],
+  decay_D: Float[Array, ' D'],
+  initial_BD: Float[Array, 'B D'] | None = None,
+  *,
+  places: Places | None = None,
+  sharpness: float = 8.0,
+  chunk: int | None = None,
+) -> GatedRecurred:
+  """Runs the real-gated linear recurrent unit.
+
+  `log a_i = -sharpness sigmoid(r_i) softplus(decay)`,
+  `h_i = a_i h_(i-1) + sqrt(1 - a_i^2) sigmoid(g_i) x_i`, where r and g are the
+  recurrence and the input gate. If `|x| <= 1`, then `|h| <= sqrt((1 + a) / (1 -
+  a))` for the largest a; for white noise the square root keeps the variance. At
+  the first token of a segment a is 0. `1 - a^2` is computed as `-expm1(2 log
+  a)`, and the derivative of its root, infinite at a = 1, is cut at `STEEPEST`.
+
+  Gates are applied chunk by chunk, and again in the backward pass, which keeps
+  only inputs and states between chunks. Sums run in at least float32.
+
+  Source: De et al., "Griffin", 2024, arXiv 2402.19427, equations 1 to 4, and
+  appendix A; the cut of the derivative as in the authors' code,
+  https://github.com/google-deepmind/recurrentgemma.
+
+  Args:
+    x_BLD: input.
+    input_gate_BLD: g, before the sigmoid.
+    recurrence_gate_BLD: r, before the sigmoid.
+    decay_D: parameter of the decay; see `rg_lru_decay`.
+    initial_BD: state before the first token; None if nothing came before.
+    places: where the tokens stand; padding leaves the state alone, whatever it
+      holds. None for one segment, which begins here if there is no state.
+    sharpness: c of the paper.
+    chunk: tokens per chunk; None for 64.
+
+  Raises:
+    ValueError: if shapes do not fit.
+  """
+  _check(x_BLD, (input_gate_BLD, recurrence_gate_BLD), decay_D, initial_BD)
+  batch, length, width = x_BLD.shape
+  dtype = jnp.result_type(x_BLD, decay_D, jnp.float32)
+  is_token_BL = jnp.ones((batch, length), bool)
+  begins_BL = jnp.zeros_like(is_token_BL).at[:, 0].set(initial_BD is None)
+  if places is not None:
+    is_token_BL = places.number_BL != 0
+    begins_BL = is_token_BL & (places.position_BL == 0)
+  if initial_BD is None:
+    initial_BD = jnp.zeros((batch, width), dtype)
+  rate_D = -sharpness * jax.nn.softplus(decay_D.astype(dtype))
+
+  def go(state_BD, inputs):
+    """Goes through a chunk, `[C, B, D]`."""
+    x, gate, recurrence, is_token, begins = inputs
+    is_token, begins = is_token[..., None], begins[..., None]
+    # Numbers at padding must not meet even a factor of 0.
+    x, gate, recurrence = (
+      jnp.where(is_token, z.astype(dtype), 0) for z in (x, gate, recurrence)
+    )
+    log_decay = rate_D * jax.nn.sigmoid(recurrence)
+    scale = jnp.where(begins, 1, _root(-jnp.expm1(2 * log_decay)))
+    decay = jnp.where(begins, 0, jnp.exp(log_decay))
+    write = scale * jax.nn.sigmoid(gate) * x
+
+    def step(state_BD, inputs):
+      decay_BD, write_BD = inputs
+      state_BD = decay_BD * state_BD + write_BD
+      return state_BD, state_BD
+
+    return jax.lax.scan(step, state_BD, (jnp.where(is_token, decay, 1), write))
+
+  inputs = x_BLD, input_gate_BLD, recurrence_gate_BLD, is_token_BL, begins_BL
+  last_BD, out_BLD = scan_chunks(go, initial_BD.astype(dtype), inputs, chunk)
+  return GatedRecurred(out_BLD.astype(x_BLD.dtype), last_BD)
+
+
+def rg_lru_decay(decay_D: Float[Array, ' D']) -> Float[Array, ' D']:
+  """Returns the parameter of `rg_lru` whose softplus is `-log decay`.
+
+  A gate of `1 / sharpness` then decays so.
+
+  Source: De et al., "Griffin", 2024, arXiv 2402.19427, section 2.4, inverted.
+
+  Args:
+    decay_D: strictly between 0 and 1.
+  """
+  return jnp.log(jnp.expm1(-jnp.log(decay_D)))
+
+
+@jax.custom_jvp
+def _root(x):
+  """A square root whose derivative is at most `STEEPEST`."""
+  return jnp.sqrt(x)
+
+
+@_root.defjvp
+def _root_jvp(primals, tangents):
+  (x,), (x_dot,) = primals, tangents
+  least = 1 / (4 * STEEPEST**2)
+  return jnp.sqrt(x), x_dot / (2 * jnp.sqrt(jnp.maximum(x, least)))
+
+
+def _check(x, gates, decay, initial):
+  """Raises unless the arrays fit together."""
+  shapes = [list(gate.shape) for gate in gates]
+  if x.ndim != 3 or x.shape[1] < 1 or any(s != list(x.shape) for s in shapes):
+    raise ValueError(
+      'input and gates must all be [B, length, channels], with at least one '
+      f'token: got {list(x.shape)} and {shapes}.'
+    )
+  batch, _, width = x.shape
+  if decay.shape != (width,):
+    raise ValueError(f'decay must be [{width}], got {list(decay.shape)}.')
+  if initial is not None and initial.shape != (batch, width):
+    raise ValueError(
+      f'the initial state must be {[batch, width]}, got {list(initial.shape)}.'
+    )
