@@ -119,7 +119,7 @@ NO_SOURCE = {
   'NoMask', 'NoPosition',
   'Segments', 'Window', 'Attended', 'Block', 'Linear', 'Stack', 'TokenLosses',
   'Mixer', 'AttentionState', 'Constant', 'FromOptax', 'LanguageModelState',
-  'LinearAttended', 'LinearAttentionState', 'LinearMemory', 'Recurred',
+  'LinearAttended', 'LinearAttentionState', 'LinearMemory', 'Recurred', 'Recurrence',
   'Reread', 'RetentionState', 'TokenLayer', 'PlusMinusState', 'GainState',
   'ScaleState',
   'AggregateState', 'GramWeighting',

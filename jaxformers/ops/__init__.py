@@ -117,6 +117,9 @@ from jaxformers.ops.positions import Rotary
 from jaxformers.ops.positions import rotate
 from jaxformers.ops.positions import sinusoidal
 from jaxformers.ops.recurrence import Recurred
+from jaxformers.ops.recurrence import Recurrence
+from jaxformers.ops.recurrence import check_decay
+from jaxformers.ops.recurrence import linear_recurrence
 from jaxformers.ops.recurrence import outer_recurrence
 from jaxformers.ops.recurrent_attention import Reread
 from jaxformers.ops.recurrent_attention import TokenLayer
