@@ -24,14 +24,14 @@ class Recurrence(NamedTuple):
     last: `[B, *S]`, the state after the step that came last.
   """
 
-  states: Inexact[Array, 'B L *S']
-  last: Inexact[Array, 'B *S']
+  states: Inexact[Array, 'B L ...']
+  last: Inexact[Array, 'B ...']
 
 
 def linear_recurrence(
   decay: Inexact[Array, '...'],
-  input: Inexact[Array, 'B L *S'],
-  initial: Inexact[Array, 'B *S'] | None = None,
+  input: Inexact[Array, 'B L ...'],
+  initial: Inexact[Array, 'B ...'] | None = None,
   *,
   reset: Bool[Array, 'B L'] | None = None,
   skip: Bool[Array, 'B L'] | None = None,
