@@ -253,7 +253,8 @@ def _backwards(plan, decay, initial, states, reset, skip, states_bar, last_bar):
     if size == 1:
       block = state_bar[:, None] + inputs
     else:
-      later = _shifted(up, effective, jnp.ones_like(effective[:, :1]))
+      later = _each_step(effective, size)
+      later = _shifted(up, later, jnp.ones_like(later[:, :1]))
       block = _prefixes(up, later, inputs, state_bar)
     product = _effective(block * before, is_reset, is_skip, 0)
     total = _add(total, product, start)
@@ -283,12 +284,15 @@ def _prefixes(down, decays, inputs, state):
     later_decay, later_state = later
     return later_decay * decay, later_decay * state + later_state
 
-  shape = decays.shape[0], inputs.shape[1], *decays.shape[2:]
-  decays = jnp.broadcast_to(decays, shape)
-  decays, states = jax.lax.associative_scan(
-    combine, (decays, inputs), reverse=down, axis=1
-  )
+  pairs = _each_step(decays, inputs.shape[1]), inputs
+  decays, states = jax.lax.associative_scan(combine, pairs, down, axis=1)
   return decays * state[:, None] + states
+
+
+def _each_step(decays, size):
+  """Copies decays that are the same for all steps to each."""
+  shape = decays.shape[0], size, *decays.shape[2:]
+  return jnp.broadcast_to(decays, shape)
 
 
 def _in_blocks(size, down, function, steps, carry):
