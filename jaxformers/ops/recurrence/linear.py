@@ -221,19 +221,17 @@ def _forwards(plan, decay, initial, input, reset, skip):
   def block(start, size, carry):
     state, states = carry
     decays = _effective(*_cut((decay, reset, skip), start, size))
-    inputs = _cut(states, start, size)
+    inputs = _cut(input, start, size).astype(state.dtype)
     if size == 1:
       block = decays * state[:, None] + inputs
     else:
       block = _prefixes(plan.down, decays, inputs, state)
     return _edge(plan.down, block), _put(states, block, start)
 
-  # In place: each block of inputs makes room for its states.
-  states = input.astype(initial.dtype)
+  # Not in place of the inputs, where XLA might copy the whole at each step.
+  carry = initial, jnp.zeros_like(input, initial.dtype)
   steps = 0, input.shape[1]
-  last, states = _in_blocks(
-    plan.size, plan.down, block, steps, (initial, states)
-  )
+  last, states = _in_blocks(plan.size, plan.down, block, steps, carry)
   return states, last
 
 
@@ -249,7 +247,7 @@ def _backwards(plan, decay, initial, states, reset, skip, states_bar, last_bar):
     state_bar, bars, total = carry
     decays, is_reset, is_skip = _cut((decay, reset, skip), start, size)
     effective = _effective(decays, is_reset, is_skip)
-    inputs = _cut(bars, start, size)
+    inputs = _cut(states_bar, start, size)
     if size == 1:
       block = state_bar[:, None] + inputs
     else:
@@ -266,7 +264,7 @@ def _backwards(plan, decay, initial, states, reset, skip, states_bar, last_bar):
     return block(start, size, carry, _cut(states, earlier, size))
 
   length = states.shape[1]
-  carry = last_bar, states_bar, jnp.zeros_like(decay)
+  carry = last_bar, jnp.zeros_like(states_bar), jnp.zeros_like(decay)
   # The step that came first has the initial state before it, all others have
   # states that are shifted by one.
   first = 0 if up else length - 1
