@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Inexact
 import numpy as np
 
+from jaxformers.ops.recurrence import tpu
+
 CHUNK = 128
 """Steps per chunk, where nothing else is said."""
 
-LinearMethod = Literal['auto', 'sequential', 'chunked', 'associative']
+LinearMethod = Literal['auto', 'sequential', 'chunked', 'associative', 'pallas']
 
 
 class Recurrence(NamedTuple):
@@ -45,6 +47,9 @@ def linear_recurrence(
   writes each number once. `'associative'` combines neighbours in a tree of depth
   O(log L), each level a pass over memory (`jax.lax.associative_scan`).
   `'chunked'` builds such trees within chunks, and goes from chunk to chunk.
+  `'pallas'` is a kernel for TPUs that reads and writes each number once; it does
+  not split over devices by itself, only within `jax.shard_map`, and where there
+  is no TPU it is interpreted, slowly.
   `'auto'` is `fastest_method` of the platform that the program is compiled for.
 
   Derivatives of any order and mode exist. Backward runs `s_t = g_t + a_(t+1)
@@ -105,7 +110,9 @@ def fastest_method(platform: str) -> LinearMethod:
 
   On a CPU a loop over the steps is nearest to the speed of memory, and anything
   parallel makes several passes. On accelerators each turn of a loop has a cost,
-  so that turns must be few and each must do much.
+  so that turns must be few and each must do much. On TPUs `'pallas'` is faster
+  still, but must be asked for: only who calls knows whether arrays are split
+  over devices.
 
   Source: none; our measurements (`experiments/benchmarks/recurrence.py`).
 
@@ -217,6 +224,9 @@ def _recurrence_jvp(plan, primals, tangents):
 
 def _forwards(plan, decay, initial, input, reset, skip):
   """Goes through the steps; returns states and last state."""
+  if plan.method == 'pallas':
+    decay = _effective(decay, reset, skip)
+    return _on_tpu(decay, initial, input, down=plan.down)
 
   def block(start, size, carry):
     state, states = carry
@@ -242,6 +252,14 @@ def _backwards(plan, decay, initial, states, reset, skip, states_bar, last_bar):
     Gradients of decay, initial state and input.
   """
   up = not plan.down
+  if plan.method == 'pallas':
+    effective = _effective(decay, reset, skip)
+    bars, state_bar = _on_tpu(
+      effective, last_bar, states_bar, down=up, decay_after=True
+    )
+    product = bars * _before(plan, initial, states)
+    product = _effective(product, reset, skip, 0)
+    return _add(jnp.zeros_like(decay), product, 0), state_bar, bars
 
   def block(start, size, carry, before):
     state_bar, bars, total = carry
@@ -272,6 +290,14 @@ def _backwards(plan, decay, initial, states, reset, skip, states_bar, last_bar):
   carry = _in_blocks(plan.size, up, inner, others, carry)
   state_bar, bars, total = block(first, 1, carry, initial[:, None])
   return total, state_bar, bars
+
+
+def _on_tpu(*arrays, **options):
+  """Runs the kernel, or what it would do where there is no TPU."""
+  run = functools.partial(tpu.run_steps, **options)
+  return jax.lax.platform_dependent(
+    *arrays, tpu=run, default=functools.partial(run, interpret=True)
+  )
 
 
 def _prefixes(down, decays, inputs, state):
@@ -350,11 +376,8 @@ def _add(total, product, start):
   """Adds up the gradient of decays in the shape that they have."""
   if not jnp.iscomplexobj(total):
     product = product.real
-  axes = [
-    i
-    for i, (n, m) in enumerate(zip(total.shape, product.shape, strict=True))
-    if n == 1 and m > 1
-  ]
+  pairs = enumerate(zip(total.shape, product.shape, strict=True))
+  axes = [i for i, (n, m) in pairs if n == 1 and m > 1]
   product = product.sum(axes, keepdims=True)
   if total.shape[1] == 1:
     return total + product
@@ -413,7 +436,7 @@ def _plan(method, chunk, length, reverse):
 def _size(method, chunk, length):
   """Returns how many steps a method takes at once."""
   match method:
-    case 'sequential':
+    case 'sequential' | 'pallas':
       return 1
     case 'associative':
       return length
