@@ -125,6 +125,7 @@ from jaxformers.ops.recurrence import Recurrence
 from jaxformers.ops.recurrence import check_decay
 from jaxformers.ops.recurrence import linear_recurrence
 from jaxformers.ops.recurrence import outer_recurrence
+from jaxformers.ops.recurrence import sharded_linear_recurrence
 from jaxformers.ops.recurrent_attention import Reread
 from jaxformers.ops.recurrent_attention import TokenLayer
 from jaxformers.ops.recurrent_attention import attend_newest_first
