@@ -120,7 +120,7 @@ NO_SOURCE = {
   'Segments', 'Window', 'Attended', 'Block', 'Linear', 'Stack', 'TokenLosses',
   'Mixer', 'AttentionState', 'Constant', 'FromOptax', 'LanguageModelState',
   'LinearAttended', 'LinearAttentionState', 'LinearMemory', 'Recurred', 'Recurrence',
-  'Discretized', 'NormalLegS',
+  'DiagonalOutput', 'DiagonalState', 'Discretized', 'NormalLegS',
   'Reread', 'RetentionState', 'TokenLayer', 'PlusMinusState', 'GainState',
   'ScaleState',
   'AggregateState', 'GramWeighting',

@@ -44,8 +44,10 @@ from jaxformers.ops.concentration import relu_concentration
 from jaxformers.ops.concentration import relu_squared_concentration
 from jaxformers.ops.concentration import softmax_concentration
 from jaxformers.ops.concentration import top_k_mass
+from jaxformers.ops.diagonal import DiagonalOutput
 from jaxformers.ops.diagonal import Discretized
 from jaxformers.ops.diagonal import NormalLegS
+from jaxformers.ops.diagonal import diagonal_system
 from jaxformers.ops.diagonal import discretize
 from jaxformers.ops.diagonal import normal_legs
 from jaxformers.ops.entropy import NormalizedEntropy

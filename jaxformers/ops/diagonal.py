@@ -3,10 +3,14 @@
 import difflib
 from typing import Literal, NamedTuple, get_args
 
+import jax
 from jax import Array
 import jax.numpy as jnp
-from jaxtyping import Complex, Float, Inexact
+from jaxtyping import Bool, Complex, Float, Inexact
 import numpy as np
+
+from jaxformers.ops.recurrence import LinearMethod
+from jaxformers.ops.recurrence import linear_recurrence
 
 Discretization = Literal['zoh', 'bilinear']
 
@@ -109,3 +113,79 @@ def discretize(
   divisor = jnp.where(is_zero, 1, eigenvalues)
   gain = jnp.where(is_zero, step, jnp.expm1(z) / divisor)
   return Discretized(jnp.exp(z), gain)
+
+
+class DiagonalOutput(NamedTuple):
+  """What a diagonal system makes of a sequence.
+
+  Attributes:
+    out_BLE: `[B, L, E]`, in the dtype of the input.
+    last_BS: `[B, S]` in at least float32, the state after the last step.
+  """
+
+  out_BLE: Float[Array, 'B L E']
+  last_BS: Inexact[Array, 'B S']
+
+
+def diagonal_system(
+  x_BLD: Float[Array, 'B L D'],
+  decay_S: Inexact[Array, ' S'],
+  in_DS: Inexact[Array, 'D S'],
+  out_SE: Inexact[Array, 'S E'],
+  initial_BS: Inexact[Array, 'B S'] | None = None,
+  *,
+  reset: Bool[Array, 'B L'] | None = None,
+  skip: Bool[Array, 'B L'] | None = None,
+  reverse: bool = False,
+  method: LinearMethod = 'auto',
+  chunk: int | None = None,
+) -> DiagonalOutput:
+  """Runs `h_t = decay h_(t-1) + x_t B`, `y_t = Re(h_t C)`.
+
+  All channels share the states, so that most of the time goes into the two
+  products. They are real: `x [Re B, Im B]` and `[Re h, Im h] [Re C; -Im C]`.
+
+  Source: Smith et al., "Simplified State Space Layers for Sequence Modeling",
+  2022, arXiv 2208.04933, section 3.2; Orvieto et al., "Resurrecting Recurrent
+  Neural Networks for Long Sequences", 2023, arXiv 2303.06349, section 3.
+
+  Args:
+    x_BLD: what comes in.
+    decay_S: what states are multiplied by, all real or, like B and C, complex.
+    in_DS: B.
+    out_SE: C.
+    initial_BS: state before the first step; None for 0.
+    reset: see `jaxformers.ops.linear_recurrence`, like what follows.
+    skip: steps that leave the state alone.
+    reverse: whether to go from the end.
+    method: how.
+    chunk: steps per chunk.
+  """
+  dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
+  product = lambda x, w: jnp.dot(
+    x.astype(x_BLD.dtype),
+    w.astype(x_BLD.dtype),
+    preferred_element_type=dtype,
+  )
+  is_complex = jnp.iscomplexobj(decay_S)
+  if is_complex:
+    in_DS = jnp.concatenate([in_DS.real, in_DS.imag], axis=1)
+    out_SE = jnp.concatenate([out_SE.real, -out_SE.imag])
+  input_BLS = product(x_BLD, in_DS)
+  if is_complex:
+    input_BLS = jax.lax.complex(*jnp.split(input_BLS, 2, axis=-1))
+  states_BLS, last_BS = linear_recurrence(
+    decay_S,
+    input_BLS,
+    initial_BS,
+    reset=reset,
+    skip=skip,
+    reverse=reverse,
+    method=method,
+    chunk=chunk,
+  )
+  if is_complex:
+    parts = states_BLS.real, states_BLS.imag
+    states_BLS = jnp.concatenate(parts, axis=-1)
+  out_BLE = product(states_BLS, out_SE).astype(x_BLD.dtype)
+  return DiagonalOutput(out_BLE, last_BS)

@@ -7,6 +7,8 @@ from jaxformers.nn import LearnedT5Bias
 from jaxformers.nn import Normal
 from jaxformers.nn import RMSNorm
 from jaxformers.nn import UnitNorm
+from jaxformers.nn.mixers import LRU
+from jaxformers.nn.mixers import S5
 from jaxformers.nn.mixers import Attention
 from jaxformers.nn.mixers import LinearAttention
 from jaxformers.nn.mixers import Retention
@@ -131,6 +133,28 @@ class TestMixers(MixerConformance):
     MixerCase(
       'attention_entropy_normalized',
       Attention(num_heads=2, kind=EntropyNormalizedSoftmax(0.6, relative=True)),
+      variant=True,
+    ),
+    MixerCase('lru', LRU(state_size=6, r_min=0.5)),
+    MixerCase(
+      'slru_chunked',
+      LRU(state_size=6, is_real=True, method='chunked', chunk=5),
+      variant=True,
+    ),
+    MixerCase('s5', S5(state_size=8, blocks=2, step_min=0.1, step_max=0.5)),
+    MixerCase(
+      's5_encoder',
+      S5(
+        state_size=6,
+        blocks=2,
+        conj_sym=False,
+        bidirectional=True,
+        clip_eigs=True,
+        discretization='bilinear',
+        readout='complex_normal',
+        step_min=0.1,
+        step_max=0.5,
+      ),
       variant=True,
     ),
   )
