@@ -225,27 +225,36 @@ def _recurrence_jvp(plan, primals, tangents):
   decay, initial, _ = primals
   states, last = _recurrence(plan, *primals)
 
-  def driven(decay_dot):
+  known = decay, initial, states
+
+  def driven(known, decay_dot):
+    """Returns what the tangent of the decay adds at each step."""
+    decay, initial, states = known
     return decay.select(decay_dot) * steps.before(plan, initial, states)
 
+  # Checkpointed, or else what it makes of what is known would be kept too.
+  @jax.checkpoint
+  def added(known, decay_dot, *dots):
+    effective = known[0].effective()
+    return effective * steps.before(plan, *dots) + driven(known, decay_dot)
+
   def product(unknown):
-    decay_dot, initial_dot, states_dot, last_dot = unknown
-    before_dot = steps.before(plan, initial_dot, states_dot)
-    rest = states_dot - decay.effective() * before_dot - driven(decay_dot)
-    last_dot -= steps.edge(plan.down, states_dot)
-    return decay_dot, initial_dot, rest, last_dot
+    *dots, last_dot = unknown
+    rest = dots[2] - added(known, *dots)
+    return *dots[:2], rest, last_dot - steps.edge(plan.down, dots[2])
 
   def solve(_, given):
     decay_dot, initial_dot, input_dot, last_dot = given
+    input_dot += driven(known, decay_dot)
     states_dot, end_dot = _for_platform(
-      plan, steps.forwards, decay, initial_dot, input_dot + driven(decay_dot)
+      plan, steps.forwards, decay, initial_dot, input_dot
     )
     return decay_dot, initial_dot, states_dot, last_dot + end_dot
 
   def solve_transposed(_, given):
     decay_bar, initial_bar, *bars = given
     more_decay_bar, input_bar, more_initial_bar = _for_platform(
-      plan, steps.backwards, decay, initial, states, *bars
+      plan, steps.backwards, *known, *bars
     )
     decay_bar += more_decay_bar
     return decay_bar, initial_bar + more_initial_bar, input_bar, bars[1]
