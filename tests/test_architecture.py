@@ -120,7 +120,8 @@ NO_SOURCE = {
   'NoMask', 'NoPosition',
   'Segments', 'Window', 'Attended', 'Block', 'Linear', 'Stack', 'TokenLosses',
   'Mixer', 'AttentionState', 'Constant', 'FromOptax', 'LanguageModelState',
-  'LinearAttended', 'LinearAttentionState', 'LinearMemory', 'Recurred',
+  'LinearAttended', 'LinearAttentionState', 'LinearMemory', 'Recurred', 'Recurrence',
+  'DiagonalOutput', 'DiagonalState', 'Discretized', 'NormalLegS',
   'Reread', 'RetentionState', 'TokenLayer', 'PlusMinusState', 'GainState',
   'MambaState', 'RGLRUState', 'RecurrentBlockState', 'RWKV4State', 'TokenShiftState',
   'GatedRecurred', 'WKV', 'WKVState', 'ScaleState', 'Selected', 'ShortConvolved',
@@ -129,7 +130,6 @@ NO_SOURCE = {
   'HippoMemoryState', 'HippoRNNState', 'Measure', 'LinearSystem',
   'Dynamics', 'ConstantDynamics', 'Memorized', 'MemoryState',
   'dynamics_of',
-  'Multitask', 'Scalarizer', 'StackedCombination', 'Stateless',
 }  # fmt: skip
 
 

@@ -24,16 +24,6 @@ TOY = (
   'baseline=None', 'preview.tokens=3', 'mesh.data=8',
 )  # fmt: skip
 TOY_STUDIES = {
-  'closed_form_head': ('sizes=(8, 16, 64)', 'few=1', 'iterations=2'),
-  'hippo_delay_line': (
-    'fastest=(1.0,)', 'sizes=(2, 4)', 'windows=3',
-  ),
-  'hippo_reconstruction': ('cycles=(1,)', 'compared=1', 'length=16', 'sizes=(2,)'),
-  'implicit_regularization': (
-    'rates=(0.01, 0.06)', 'penalties=(0.03,)', 'time=1.0',
-  ),
-  'local_cosines': ('steps=3',),
-  'sgd_schedules': ('steps=30',),
   'attention_concentration': (
     'keys=16', 'queries=4', 'width=4', 'lengths=(0.5, 8.0)',
   ),
@@ -49,6 +39,10 @@ TOY_STUDIES = {
     'dot=(1.0,)', 'recommended=1.0', 'cosine=(10.0,)', 'keys=(16,)', 'width=8',
     'steps=2', 'batch_size=8',
   ),
+  'hippo_delay_line': (
+    'fastest=(1.0,)', 'sizes=(2, 4)', 'windows=3',
+  ),
+  'hippo_reconstruction': ('cycles=(1,)', 'compared=1', 'length=16', 'sizes=(2,)'),
   'implicit_regularization': (
     'rates=(0.01, 0.06)', 'penalties=(0.03,)', 'time=1.0',
   ),
@@ -64,14 +58,6 @@ TOY_STUDIES = {
     'width=16', 'depth=1', 'steps=1', 'windows=8',
   ),
   'local_cosines': ('steps=3',),
-  'learnt_step_sizes': (
-    'rates=(0.1,)', 'mistuned=0.1', 'tuned=0.1', 'steps=4', 'width=2',
-  ),
-  'selective_copying': (
-    'length=4', 'count=2', 'width=4', 'state_size=2', 'depth=1', 'steps=2',
-    'points=1', 'batch_size=2', 'judged=4',
-  ),
-  'sparse_targets': ('inputs=4', 'steps=4'),
   'lora_plus_ratio': (
     'shapes=((8, 8), (8, 4))', 'ranks=(2,)', 'rows=2', 'repeats=2',
   ),
@@ -85,6 +71,10 @@ TOY_STUDIES = {
     f'path="{ROOT / "LICENSE"}"',
   ),
   'primary_and_auxiliary': ('steps=10', 'noisy=40', 'clean=10'),
+  'selective_copying': (
+    'length=4', 'count=2', 'width=4', 'state_size=2', 'depth=1', 'steps=2',
+    'points=1', 'batch_size=2', 'judged=4',
+  ),
   'sgd_schedules': ('steps=30',),
   'sparse_targets': ('inputs=4', 'steps=4'),
   'task_loss_weighting': ('steps=10', 'rows=16'),
@@ -237,6 +227,8 @@ def test_the_multitask_benchmark_measures(monkeypatch):
   for mode in ('gram_then_backward', 'stacked', 'sequential'):
     assert results[f'{mode}_time_relative_to_one'] > 0
     assert results[f'{mode}_memory_relative_to_one'] > 0
+
+
 def test_the_selective_benchmark_measures(monkeypatch):
   monkeypatch.syspath_prepend(str(ROOT))
   from experiments.benchmarks import selective

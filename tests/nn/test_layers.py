@@ -80,3 +80,41 @@ def test_residuals_put_the_norm_where_they_say():
   assert aux == 'aux'
   y, _ = out(nn.PostNorm(nn.LayerNorm()))
   np.testing.assert_allclose(y, layer_norm(4 * X), rtol=1e-4, atol=1e-5)
+
+
+def _sigmoid(x):
+  return 1 / (1 + np.exp(-np.asarray(x)))
+
+
+def test_gated_output_by_the_formulas_of_its_gates():
+  f = np.asarray(jax.nn.gelu(X, approximate=False))
+  for gate, number in ('none', 0), ('half_glu1', 1), ('half_glu2', 1):
+    params, y = made(nn.GatedOutput(gate=gate))
+    w = np.zeros((8, 8)) if not number else params['gate_map']['w_DNE'][:, 0]
+    weight = 1 if not number else _sigmoid(f @ w)
+    kept = np.asarray(X) if gate == 'half_glu2' else f
+    np.testing.assert_allclose(y, kept * weight, rtol=1e-4, atol=1e-6)
+  params, y = made(nn.GatedOutput())
+  # A map to 2 D channels, of which the second half gates the first.
+  both = f @ np.asarray(params['gate_map']['w_DNE']).reshape(8, 16)
+  np.testing.assert_allclose(
+    y, both[..., :8] * _sigmoid(both[..., 8:]), rtol=1e-4, atol=1e-6
+  )
+
+
+def test_gated_output_drops_channels_of_all_tokens_together_if_tied():
+  def dropped(module):
+    rngs = {'dropout': jax.random.key(3)}
+    module = module.clone(gate='none', activation='identity', dropout=0.5)
+    return np.asarray(module.apply({}, X, deterministic=False, rngs=rngs))
+
+  tied = dropped(nn.GatedOutput(tied=True)) == 0
+  assert (tied == tied[:, :1]).all()
+  assert (tied[0] != tied[1]).any()
+  free = dropped(nn.GatedOutput()) == 0
+  assert (free != free[:, :1]).any()
+
+
+def test_an_unknown_gate_is_refused():
+  with pytest.raises(ValueError, match="did you mean 'full_glu'"):
+    made(nn.GatedOutput(gate='glu'))

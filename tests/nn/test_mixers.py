@@ -7,8 +7,10 @@ from jaxformers.nn import LearnedT5Bias
 from jaxformers.nn import Normal
 from jaxformers.nn import RMSNorm
 from jaxformers.nn import UnitNorm
+from jaxformers.nn.mixers import LRU
 from jaxformers.nn.mixers import RGLRU
 from jaxformers.nn.mixers import RWKV4
+from jaxformers.nn.mixers import S5
 from jaxformers.nn.mixers import Attention
 from jaxformers.nn.mixers import HippoMemory
 from jaxformers.nn.mixers import HippoRNN
@@ -173,4 +175,26 @@ class TestMixers(MixerConformance):
     ),
     MixerCase('rwkv4', RWKV4(layer=1, layers=3, chunk=5)),
     MixerCase('rwkv4_channel_mixing', RWKV4ChannelMixing(hidden=8)),
+    MixerCase('lru', LRU(state_size=6, r_min=0.5)),
+    MixerCase(
+      'slru_chunked',
+      LRU(state_size=6, is_real=True, method='chunked', chunk=5),
+      variant=True,
+    ),
+    MixerCase('s5', S5(state_size=8, blocks=2, step_min=0.1, step_max=0.5)),
+    MixerCase(
+      's5_encoder',
+      S5(
+        state_size=6,
+        blocks=2,
+        conj_sym=False,
+        bidirectional=True,
+        clip_eigs=True,
+        discretization='bilinear',
+        readout='complex_normal',
+        step_min=0.1,
+        step_max=0.5,
+      ),
+      variant=True,
+    ),
   )
