@@ -116,7 +116,12 @@ from jaxformers.ops.positions import NoPosition
 from jaxformers.ops.positions import Rotary
 from jaxformers.ops.positions import rotate
 from jaxformers.ops.positions import sinusoidal
+from jaxformers.ops.recurrence import Convolved
+from jaxformers.ops.recurrence import Modes
 from jaxformers.ops.recurrence import Recurred
+from jaxformers.ops.recurrence import kernel_convolution
+from jaxformers.ops.recurrence import lti_convolution
+from jaxformers.ops.recurrence import mode_kernel
 from jaxformers.ops.recurrence import outer_recurrence
 from jaxformers.ops.recurrent_attention import Reread
 from jaxformers.ops.recurrent_attention import TokenLayer
