@@ -9,6 +9,7 @@ from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Complex, Float
 
+from jaxformers.ops.recurrence.steps import step_through
 from jaxformers.ops.segments import Places
 
 CHUNK = 64
@@ -328,50 +329,21 @@ def _sum_over_lags(x_BNCD, number_BNC, kernel_DC):
 
 
 def _by_steps(x_BLD, modes, initial_BDS, places, chunk):
-  """Goes step by step, with the channels as the innermost axis."""
+  """Goes step by step, in real numbers."""
   decay, write, read = (x.T[:, None] for x in modes)  # [S, 1, D]
 
-  def absorb(state, x_BD):
+  def step(state, x_BD):
     real, imag = state  # [S, B, D]
-    return (
+    real, imag = (
       decay.real * real - decay.imag * imag + write.real * x_BD,
       decay.real * imag + decay.imag * real + write.imag * x_BD,
     )
+    out_BD = jnp.sum(read.real * real - read.imag * imag, axis=0)
+    return (real, imag), out_BD
 
-  def step(state, inputs):
-    if places is None:
-      state = absorb(state, inputs)
-    else:
-      x_BD, begins_B1, is_token_B1 = inputs
-      old = tuple(jnp.where(begins_B1, 0, x) for x in state)
-      new = absorb(old, x_BD)
-      state = tuple(map(lambda a, b: jnp.where(is_token_B1, a, b), new, state))
-    real, imag = state
-    return state, jnp.sum(read.real * real - read.imag * imag, axis=0)
-
-  inputs = x_BLD
-  if places is not None:
-    is_token_BL1 = (places.number_BL != 0)[..., None]
-    begins_BL1 = (places.position_BL == 0)[..., None]
-    inputs = x_BLD, begins_BL1, is_token_BL1
-  inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), inputs)
-  state = tuple(jnp.moveaxis(x, 2, 0) for x in _parts(initial_BDS))
-  # States within a chunk are computed again backward.
-  steps = jax.checkpoint(
-    lambda state, inputs: jax.lax.scan(step, state, inputs), prevent_cse=False
-  )
-  whole = x_BLD.shape[1] // chunk * chunk
-  chunks = jax.tree.map(
-    lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), inputs
-  )
-  state, out_NCBD = jax.lax.scan(steps, state, chunks)
-  rest = jax.tree.map(lambda x: x[whole:], inputs)
-  (real, imag), rest_CBD = steps(state, rest)
-  out_LBD = jnp.concatenate(
-    [out_NCBD.reshape(whole, *rest_CBD.shape[1:]), rest_CBD]
-  )
-  last_BDS = jnp.moveaxis(jax.lax.complex(real, imag), 0, 2)
-  return jnp.moveaxis(out_LBD, 0, 1), last_BDS
+  initial = tuple(jnp.moveaxis(x, 2, 0) for x in _parts(initial_BDS))
+  out_BLD, last = step_through(step, initial, x_BLD, places=places, chunk=chunk)
+  return out_BLD, jnp.moveaxis(jax.lax.complex(*last), 0, 2)
 
 
 def _powers(decay_DS, count):
