@@ -120,6 +120,8 @@ NO_SOURCE = {
   'Segments', 'Window', 'Attended', 'Block', 'Linear', 'Stack', 'TokenLosses',
   'Mixer', 'AttentionState', 'Constant', 'FromOptax', 'LanguageModelState',
   'LinearAttended', 'LinearAttentionState', 'LinearMemory', 'Recurred',
+  'Discretized', 'NormalLegS',
+  'Convolved', 'LowRankSystem', 'Modes', 'ModesState', 'NormalForm', 'RTFState',
   'Reread', 'RetentionState', 'TokenLayer', 'PlusMinusState', 'GainState',
   'ScaleState',
   'AggregateState', 'GramWeighting',

@@ -5,6 +5,7 @@ from jaxformers.nn.depth import Stack
 from jaxformers.nn.embed import Embed
 from jaxformers.nn.feedforward import FeedForward
 from jaxformers.nn.feedforward import GatedFeedForward
+from jaxformers.nn.gated_output import GatedOutput
 from jaxformers.nn.head import Head
 from jaxformers.nn.head import TiedHead
 from jaxformers.nn.init import Normal
