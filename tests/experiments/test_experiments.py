@@ -37,6 +37,10 @@ TOY_STUDIES = {
     'signals=(1.0,)', 'tolerances=(0.01,)', 'fractions=(0.5,)', 'size=4',
     'steps=20', 'settle=5',
   ),
+  'digits_memory': (
+    'methods=("S4D-Lin",)', 'blank=4', 'width=4', 'depth=1',
+    'states=2', 'epochs=1', 'batch_size=700',
+  ),
   'entropy_versus_length': (
     'lengths=(16, 32)', 'base=16', 'sigmas=(1.0, 3.0)', 'queries=4',
   ),
@@ -202,6 +206,15 @@ def test_the_attention_benchmark_measures(monkeypatch):
   assert results['float32_16']['forward_speed_relative_to_jax'] > 0
   assert 0 < results['masks_1024']['window_256_relative_to_full']
   assert results['memory_growth'] < 5
+
+
+def test_the_state_space_benchmark_measures(monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT))
+  from experiments.benchmarks import state_spaces
+
+  results = state_spaces.measure((96,), width=4, states=4, rounds=1)
+  for name in ('fft', 'direct'):
+    assert results['96'][f'chunked_both_speed_relative_to_{name}'] > 0
 
 
 def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
