@@ -122,6 +122,7 @@ NO_SOURCE = {
   'Mixer', 'AttentionState', 'Constant', 'FromOptax', 'LanguageModelState',
   'LinearAttended', 'LinearAttentionState', 'LinearMemory', 'Recurred', 'Recurrence',
   'DiagonalOutput', 'DiagonalState', 'Discretized', 'NormalLegS',
+  'Convolved', 'LowRankSystem', 'Modes', 'ModesState', 'NormalForm', 'RTFState',
   'Reread', 'RetentionState', 'TokenLayer', 'PlusMinusState', 'GainState',
   'MambaState', 'RGLRUState', 'RecurrentBlockState', 'RWKV4State', 'TokenShiftState',
   'GatedRecurred', 'WKV', 'WKVState', 'ScaleState', 'Selected', 'ShortConvolved',

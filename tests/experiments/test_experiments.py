@@ -32,6 +32,10 @@ TOY_STUDIES = {
     'steps=20', 'settle=5',
   ),
   'closed_form_head': ('sizes=(8, 16, 64)', 'few=1', 'iterations=2'),
+  'digits_memory': (
+    'methods=("S4D-Lin",)', 'blank=4', 'width=4', 'depth=1',
+    'states=2', 'epochs=1', 'batch_size=700',
+  ),
   'entropy_versus_length': (
     'lengths=(16, 32)', 'base=16', 'sigmas=(1.0, 3.0)', 'queries=4',
   ),
@@ -238,6 +242,15 @@ def test_the_selective_benchmark_measures(monkeypatch):
   assert fused['forward_backward_speed_relative_to_associative'] > 0
   assert 0 < fused['memory_relative_to_associative']
   assert results['mamba_block']['forward_speed_relative_to_published'] > 0
+
+
+def test_the_state_space_benchmark_measures(monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT))
+  from experiments.benchmarks import state_spaces
+
+  results = state_spaces.measure((96,), width=4, states=4, rounds=1)
+  for name in ('fft', 'direct'):
+    assert results['96'][f'chunked_both_speed_relative_to_{name}'] > 0
 
 
 def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(

@@ -11,6 +11,9 @@ from jaxformers.nn.mixers import LRU
 from jaxformers.nn.mixers import RGLRU
 from jaxformers.nn.mixers import RWKV4
 from jaxformers.nn.mixers import S5
+from jaxformers.nn.mixers import RTF
+from jaxformers.nn.mixers import S4
+from jaxformers.nn.mixers import S4D
 from jaxformers.nn.mixers import Attention
 from jaxformers.nn.mixers import HippoMemory
 from jaxformers.nn.mixers import HippoRNN
@@ -195,6 +198,36 @@ class TestMixers(MixerConformance):
         step_min=0.1,
         step_max=0.5,
       ),
+    MixerCase('s4d', S4D(state_size=6, chunk=5)),
+    MixerCase(
+      's4d_legs_bilinear_untied_fft',
+      S4D(
+        state_size=4,
+        start='legs',
+        discretization='bilinear',
+        step_per_mode=True,
+        bandlimit=1.0,
+        method='fft',
+        chunk=5,
+      ),
+      leak=1e-5,
+      variant=True,
+    ),
+    MixerCase(
+      's4d_encoder', S4D(state_size=4, causal=False, chunk=5), variant=True
+    ),
+    MixerCase('s4', S4(length=16, state_size=6), tolerance=1e-4, leak=1e-5),
+    MixerCase(
+      's4_longer_legt_shared_encoder',
+      S4(length=5, state_size=4, measure='legt', shared=True, causal=False),
+      tolerance=1e-4,
+      variant=True,
+    ),
+    MixerCase('rtf', RTF(length=16, state_size=4), tolerance=1e-4, leak=1e-5),
+    MixerCase(
+      'rtf_longer_encoder',
+      RTF(length=5, state_size=3, delay=False, causal=False),
+      tolerance=1e-4,
       variant=True,
     ),
   )

@@ -19,9 +19,14 @@ from jaxformers.nn.mixers.mamba import Mamba
 from jaxformers.nn.mixers.mamba import MambaState
 from jaxformers.nn.mixers.retention import Retention
 from jaxformers.nn.mixers.retention import RetentionState
+from jaxformers.nn.mixers.rtf import RTF
+from jaxformers.nn.mixers.rtf import RTFState
 from jaxformers.nn.mixers.rwkv4 import RWKV4
 from jaxformers.nn.mixers.rwkv4 import RWKV4ChannelMixing
 from jaxformers.nn.mixers.rwkv4 import RWKV4State
 from jaxformers.nn.mixers.rwkv4 import TokenShiftState
+from jaxformers.nn.mixers.s4 import S4
+from jaxformers.nn.mixers.s4d import S4D
 from jaxformers.nn.mixers.s5 import S5
 from jaxformers.nn.mixers.short import ShortConvolution
+from jaxformers.nn.mixers.state_space import ModesState

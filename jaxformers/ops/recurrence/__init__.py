@@ -1,5 +1,11 @@
 """The operators under every model whose memory has a constant size."""
 
+from jaxformers.ops.recurrence.convolution import ConvolutionMethod
+from jaxformers.ops.recurrence.convolution import Convolved
+from jaxformers.ops.recurrence.convolution import Modes
+from jaxformers.ops.recurrence.convolution import kernel_convolution
+from jaxformers.ops.recurrence.convolution import lti_convolution
+from jaxformers.ops.recurrence.convolution import mode_kernel
 from jaxformers.ops.recurrence.linear import LinearMethod
 from jaxformers.ops.recurrence.linear import Recurrence
 from jaxformers.ops.recurrence.linear import check_decay
@@ -20,6 +26,7 @@ from jaxformers.ops.recurrence.selective import selective_recurrence
 from jaxformers.ops.recurrence.short import ShortConvolved
 from jaxformers.ops.recurrence.short import sharded_short_convolution
 from jaxformers.ops.recurrence.short import short_convolution
+from jaxformers.ops.recurrence.steps import step_through
 from jaxformers.ops.recurrence.wkv import WKV
 from jaxformers.ops.recurrence.wkv import WKVMethod
 from jaxformers.ops.recurrence.wkv import WKVState
