@@ -117,8 +117,12 @@ from jaxformers.ops.positions import Rotary
 from jaxformers.ops.positions import rotate
 from jaxformers.ops.positions import sinusoidal
 from jaxformers.ops.recurrence import Recurred
+from jaxformers.ops.recurrence import ShortConvolved
 from jaxformers.ops.recurrence import outer_recurrence
 from jaxformers.ops.recurrence import sharded_outer_recurrence
+from jaxformers.ops.recurrence import sharded_short_convolution
+from jaxformers.ops.recurrence import short_convolution
+from jaxformers.ops.recurrence import ssd
 from jaxformers.ops.recurrent_attention import Reread
 from jaxformers.ops.recurrent_attention import TokenLayer
 from jaxformers.ops.recurrent_attention import attend_newest_first

@@ -7,8 +7,10 @@ from jaxformers.nn import LearnedT5Bias
 from jaxformers.nn import Normal
 from jaxformers.nn import RMSNorm
 from jaxformers.nn import UnitNorm
+from jaxformers.nn.mixers import RWKV6
 from jaxformers.nn.mixers import Attention
 from jaxformers.nn.mixers import LinearAttention
+from jaxformers.nn.mixers import Mamba2
 from jaxformers.nn.mixers import Retention
 from jaxformers.ops import ALiBi
 from jaxformers.ops import Causal
@@ -131,6 +133,39 @@ class TestMixers(MixerConformance):
     MixerCase(
       'attention_entropy_normalized',
       Attention(num_heads=2, kind=EntropyNormalizedSoftmax(0.6, relative=True)),
+      variant=True,
+    ),
+    MixerCase(
+      'mamba2',
+      Mamba2(head_dim=8, state_size=4, groups=2, taps=3, chunk=4),
+    ),
+    MixerCase(
+      'mamba2_norm_first_parallel_chunks',
+      Mamba2(
+        expand=1,
+        head_dim=8,
+        state_size=4,
+        taps=2,
+        step_limit=(0.0, 0.1),
+        skip_channels=True,
+        norm_first=True,
+        conv_bias=False,
+        use_bias=True,
+        method='parallel_chunks',
+        chunk=4,
+      ),
+      variant=True,
+    ),
+    MixerCase('rwkv6', RWKV6(num_heads=2, mix_rank=3, decay_rank=5, chunk=4)),
+    MixerCase(
+      'rwkv5_recurrent',
+      RWKV6(
+        num_heads=2,
+        mix_rank=None,
+        decay_rank=None,
+        method='recurrent',
+        chunk=5,
+      ),
       variant=True,
     ),
   )

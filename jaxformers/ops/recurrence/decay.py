@@ -16,6 +16,8 @@ from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from jaxformers.ops.segments import Places
+
 
 class Decays(NamedTuple):
   """What decays do within a chunk of C steps, in logarithms.
@@ -53,6 +55,31 @@ def decay_weights(
   weights = weights[..., :chunk, :chunk].reshape(*batch, chunk, chunk)
   seen = decays.seen_BHCK[..., :chunk, :].reshape(*batch, chunk)
   return weights, jnp.exp(seen)
+
+
+def decays_in_segments(
+  log_decay: Float[Array, '...'], places: Places | None
+) -> Float[Array, '...']:
+  """Lets segments forget those before them, and padding leave states alone.
+
+  Source: none; the decay of a step that forgets is 0, of one that is skipped 1.
+
+  Args:
+    log_decay: `[H]`, `[H, K]`, `[B, L, H]` or `[B, L, H, K]`.
+    places: where the tokens stand; None for one segment without padding.
+
+  Returns:
+    `log_decay`, with -inf where segments begin and 0 at padding.
+  """
+  if places is None:
+    return log_decay
+  heads = 1 if jnp.ndim(log_decay) in (1, 3) else 2
+  position, number = (
+    x.reshape(x.shape + (1,) * heads)
+    for x in (places.position_BL, places.number_BL)
+  )
+  log_decay = jnp.where(position == 0, -jnp.inf, log_decay)
+  return jnp.where(number == 0, 0, log_decay)
 
 
 def weigh(
