@@ -180,6 +180,12 @@ from jaxformers.ops.recurrence import sharded_short_convolution
 from jaxformers.ops.recurrence import short_convolution
 from jaxformers.ops.recurrence import wkv
 from jaxformers.ops.recurrence import wkv_state
+from jaxformers.ops.recurrence import ShortConvolved
+from jaxformers.ops.recurrence import outer_recurrence
+from jaxformers.ops.recurrence import sharded_outer_recurrence
+from jaxformers.ops.recurrence import sharded_short_convolution
+from jaxformers.ops.recurrence import short_convolution
+from jaxformers.ops.recurrence import ssd
 from jaxformers.ops.recurrent_attention import Reread
 from jaxformers.ops.recurrent_attention import TokenLayer
 from jaxformers.ops.recurrent_attention import attend_newest_first

@@ -18,6 +18,7 @@ from jaxformers.ops.positions import PositionScheme
 from jaxformers.ops.recurrence import Method
 from jaxformers.ops.recurrence import Recurred
 from jaxformers.ops.recurrence import decay_weights
+from jaxformers.ops.recurrence import decays_in_segments
 from jaxformers.ops.recurrence import outer_recurrence
 
 Stabilise = Literal['none', 'decay', 'scores']
@@ -60,7 +61,7 @@ def linear_attention(
   position: PositionScheme = NoPosition(),
   places: segments.Places | None = None,
   causal: bool = True,
-  method: Method = 'chunked',
+  method: Method = 'auto',
   chunk: int | None = None,
 ) -> LinearAttended:
   """Weighs values by products of features, not by their exponentials.
@@ -149,7 +150,7 @@ def retention(
   position: PositionScheme = NoPosition(),
   places: segments.Places | None = None,
   stabilise: Stabilise = 'none',
-  method: Method = 'chunked',
+  method: Method = 'auto',
   chunk: int | None = None,
 ) -> Recurred:
   """Weighs values by scores that decay with the distance.
@@ -194,7 +195,7 @@ def retention(
   position_BL = _positions(key_BLHK, places, initial_BHKV, needed)
   if log_decay_H is None:
     log_decay_H = retention_log_decay(heads)
-  log_decay_BLH = _log_decay(places, log_decay_H)
+  log_decay_BLH = decays_in_segments(log_decay_H, places)
   query, key = _turned(query_BLHK, key_BLHK, position, position_BL)
   key = key * (1 / math.sqrt(width) if scale is None else scale)
   key, value = _tokens_only(key, places), _tokens_only(value_BLHV, places)
@@ -218,7 +219,7 @@ def retention(
 
 def _recur_forth(query, key, value, initial, *, places, method, chunk):
   """Lets each token see those before it, in its segment."""
-  log_decay = _log_decay(places, jnp.zeros(1))
+  log_decay = decays_in_segments(jnp.zeros(1), places)
   return outer_recurrence(
     query, key, value, log_decay, initial, method=method, chunk=chunk
   )
@@ -246,18 +247,6 @@ def _recur_both_ways(query, key, value, initial, *, places, method, chunk):
   # Both ways a token has seen itself.
   own = jnp.sum(query.astype(back.dtype) * key, axis=-1, keepdims=True) * value
   return Recurred(forth + back[:, ::-1] - own, last)
-
-
-def _log_decay(places, log_decay_H):
-  """Returns `[H]`, or `[B, L, H]` that knows segments and padding."""
-  if places is None:
-    return log_decay_H
-  number_BL1, position_BL1 = (
-    places.number_BL[..., None],
-    places.position_BL[..., None],
-  )
-  log_decay_BLH = jnp.where(position_BL1 == 0, -jnp.inf, log_decay_H)
-  return jnp.where(number_BL1 == 0, 0, log_decay_BLH)
 
 
 def _tokens_only(x_BLHK, places):

@@ -9,6 +9,7 @@ import pytest
 from jaxformers.cli import experiment_file
 from jaxformers.cli import main
 from jaxformers.data import TextData
+from jaxformers.nn.mixers import Retention
 from jaxformers.train import read_report
 from jaxformers.train.metrics import read_metrics
 from jaxformers.train.record import to_record
@@ -251,6 +252,20 @@ def test_the_state_space_benchmark_measures(monkeypatch):
   results = state_spaces.measure((96,), width=4, states=4, rounds=1)
   for name in ('fft', 'direct'):
     assert results['96'][f'chunked_both_speed_relative_to_{name}'] > 0
+def test_the_benchmark_of_matrix_states_measures(monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT))
+  from experiments.benchmarks import matrix_states
+
+  monkeypatch.setattr(matrix_states, 'HEADS', 2)
+  monkeypatch.setattr(matrix_states, 'WIDTH', 4)
+  monkeypatch.setattr(matrix_states, 'CHUNKS', (4,))
+  few = {'retention': Retention(num_heads=2)}
+  monkeypatch.setattr(matrix_states, 'MIXERS', few)
+  results = matrix_states.measure(8, (4, 8), rounds=1, kinds=('channel',))
+  result = results['decay_per_channel']
+  assert result['largest_difference'] < 1e-5 * result['largest_output']
+  assert result['forward_backward_time_relative_to_ours']['storing'] > 0
+  assert results['next_token']['retention']['largest_ratio'] > 0
 
 
 def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(

@@ -14,12 +14,14 @@ from jaxformers.nn.mixers import S5
 from jaxformers.nn.mixers import RTF
 from jaxformers.nn.mixers import S4
 from jaxformers.nn.mixers import S4D
+from jaxformers.nn.mixers import RWKV6
 from jaxformers.nn.mixers import Attention
 from jaxformers.nn.mixers import HippoMemory
 from jaxformers.nn.mixers import HippoRNN
 from jaxformers.nn.mixers import LinearAttention
 from jaxformers.nn.mixers import Mamba
 from jaxformers.nn.mixers import RecurrentBlock
+from jaxformers.nn.mixers import Mamba2
 from jaxformers.nn.mixers import Retention
 from jaxformers.nn.mixers import RWKV4ChannelMixing
 from jaxformers.ops import ALiBi
@@ -228,6 +230,37 @@ class TestMixers(MixerConformance):
       'rtf_longer_encoder',
       RTF(length=5, state_size=3, delay=False, causal=False),
       tolerance=1e-4,
+    MixerCase(
+      'mamba2',
+      Mamba2(head_dim=8, state_size=4, groups=2, taps=3, chunk=4),
+    ),
+    MixerCase(
+      'mamba2_norm_first_parallel_chunks',
+      Mamba2(
+        expand=1,
+        head_dim=8,
+        state_size=4,
+        taps=2,
+        step_limit=(0.0, 0.1),
+        skip_channels=True,
+        norm_first=True,
+        conv_bias=False,
+        use_bias=True,
+        method='parallel_chunks',
+        chunk=4,
+      ),
+      variant=True,
+    ),
+    MixerCase('rwkv6', RWKV6(num_heads=2, mix_rank=3, decay_rank=5, chunk=4)),
+    MixerCase(
+      'rwkv5_recurrent',
+      RWKV6(
+        num_heads=2,
+        mix_rank=None,
+        decay_rank=None,
+        method='recurrent',
+        chunk=5,
+      ),
       variant=True,
     ),
   )

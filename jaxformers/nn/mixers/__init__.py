@@ -30,3 +30,9 @@ from jaxformers.nn.mixers.s4d import S4D
 from jaxformers.nn.mixers.s5 import S5
 from jaxformers.nn.mixers.short import ShortConvolution
 from jaxformers.nn.mixers.state_space import ModesState
+from jaxformers.nn.mixers.mamba2 import Mamba2
+from jaxformers.nn.mixers.mamba2 import Mamba2State
+from jaxformers.nn.mixers.retention import Retention
+from jaxformers.nn.mixers.retention import RetentionState
+from jaxformers.nn.mixers.rwkv6 import RWKV6
+from jaxformers.nn.mixers.rwkv6 import RWKV6State

@@ -71,7 +71,7 @@ class LinearAttention(nn.Module):
   out_norm: nn.Module | None = None
   use_bias: bool = False
   initializer: Initializer = VarianceScaling()
-  method: Method = 'chunked'
+  method: Method = 'auto'
   chunk: int | None = None
 
   @nn.compact

@@ -72,7 +72,7 @@ class Retention(nn.Module):
   norm: nn.Module = RMSNorm(use_scale=False)
   initializer: Initializer = VarianceScaling(2**-5, 'fan_avg', 'uniform')
   out_initializer: Initializer = VarianceScaling(2**-2, 'fan_avg', 'uniform')
-  method: Method = 'chunked'
+  method: Method = 'auto'
   chunk: int | None = None
 
   @property

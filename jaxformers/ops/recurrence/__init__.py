@@ -12,9 +12,10 @@ from jaxformers.ops.recurrence.linear import check_decay
 from jaxformers.ops.recurrence.linear import fastest_method
 from jaxformers.ops.recurrence.linear import linear_recurrence
 from jaxformers.ops.recurrence.linear import sharded_linear_recurrence
+from jaxformers.ops.recurrence.decay import decay_weights
+from jaxformers.ops.recurrence.decay import decays_in_segments
 from jaxformers.ops.recurrence.outer import Method
 from jaxformers.ops.recurrence.outer import Recurred
-from jaxformers.ops.recurrence.outer import decay_weights
 from jaxformers.ops.recurrence.outer import outer_recurrence
 from jaxformers.ops.recurrence.rg_lru import GatedRecurred
 from jaxformers.ops.recurrence.rg_lru import rg_lru
@@ -32,3 +33,8 @@ from jaxformers.ops.recurrence.wkv import WKVMethod
 from jaxformers.ops.recurrence.wkv import WKVState
 from jaxformers.ops.recurrence.wkv import wkv
 from jaxformers.ops.recurrence.wkv import wkv_state
+from jaxformers.ops.recurrence.outer import sharded_outer_recurrence
+from jaxformers.ops.recurrence.short import ShortConvolved
+from jaxformers.ops.recurrence.short import sharded_short_convolution
+from jaxformers.ops.recurrence.short import short_convolution
+from jaxformers.ops.recurrence.ssd import ssd

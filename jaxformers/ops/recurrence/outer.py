@@ -1,5 +1,6 @@
 """The recurrence of a matrix that outer products are written into."""
 
+import functools
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -7,10 +8,11 @@ from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Float
 
-CHUNK = 64
-"""Tokens per chunk, where nothing else is said."""
+from jaxformers.ops.recurrence import decay
+from jaxformers.ops.recurrence import outer_chunks
+from jaxformers.ops.recurrence.outer_chunks import Steps
 
-Method = Literal['chunked', 'recurrent', 'parallel']
+Method = Literal['auto', 'chunked', 'parallel_chunks', 'recurrent', 'parallel']
 
 
 class Recurred(NamedTuple):
@@ -26,46 +28,63 @@ class Recurred(NamedTuple):
 
 
 def outer_recurrence(
-  query_BLHK: Float[Array, 'B L H K'],
-  key_BLHK: Float[Array, 'B L H K'],
+  query_BLGK: Float[Array, 'B L G K'],
+  key_BLGK: Float[Array, 'B L G K'],
   value_BLHV: Float[Array, 'B L H V'],
-  log_decay: Float[Array, '... H'] | None = None,
+  log_decay: Float[Array, '...'] | None = None,
   initial_BHKV: Float[Array, 'B H K V'] | None = None,
   *,
-  method: Method = 'chunked',
+  bonus_HK: Float[Array, 'H K'] | None = None,
+  method: Method = 'auto',
   chunk: int | None = None,
 ) -> Recurred:
   """Writes outer products into a decaying matrix, and reads from it.
 
-  `S_i = a_i S_(i-1) + k_i v_i^T`, `o_i = S_i^T q_i`, per head. All methods
-  compute the same. `'chunked'` reads what was written within a chunk by a masked
-  matrix product, and what came before from the state between chunks: time
-  `O(L (C + K) V)` in matrix products. `'parallel'` is a single chunk, time
-  `O(L^2 (K + V))`; `'recurrent'` goes step by step, time `O(L K V)`.
+  `S_i = diag(a_i) S_(i-1) + k_i v_i^T`, per head, where a is one number per head
+  or one per channel of its keys. Without a bonus steps read after they write,
+  `o_i = S_i^T q_i`; with a bonus u before, except for their own,
+  `o_i = (S_(i-1) + diag(u) k_i v_i^T)^T q_i`.
 
-  States between chunks are all that is kept for the backward pass:
-  `O(L / C K V)` numbers per head besides inputs and output. Sums run in
-  float32, or float64 for float64 inputs. Exponents are never positive, so
-  nothing overflows, however long the sequence.
+  All methods compute the same. `'chunked'` reads what was written within a chunk
+  by a masked matrix product, and what came before from the state between chunks:
+  time `O(L (C + K) V)` in matrix products. It goes from chunk to chunk and keeps
+  for the backward pass only states between them, `O(L / C K V)` numbers per
+  head, besides inputs and output. `'parallel_chunks'` works on all chunks at
+  once but for the states between them, with as many numbers in flight as all
+  chunks have scores. `'parallel'` is a single chunk, time `O(L^2 (K + V))`;
+  `'recurrent'` goes step by step, time `O(L K V)`. `'auto'` is `'chunked'` on
+  CPUs and `'parallel_chunks'` elsewhere: of the platform that the program is
+  compiled for.
+
+  Sums run in float32, or float64 for float64 inputs. Exponents are sums that are
+  never positive, so nothing overflows or cancels, however long the sequence and
+  however small the decays.
 
   Source: Katharopoulos et al., "Transformers are RNNs", 2020, arXiv 2006.16236,
   section 3.4 (no decay); Sun et al., "Retentive Network", 2023, arXiv
   2307.08621, equations 5 to 7 (constant decay); Dao and Gu, "Transformers are
-  SSMs", 2024, arXiv 2405.21060, section 6 (any decay, in chunks).
+  SSMs", 2024, arXiv 2405.21060, section 6 (any decay, in chunks); Yang et al.,
+  "Gated Linear Attention Transformers", 2023, arXiv 2312.06635, section 4
+  (decay per channel); Peng et al., "Eagle and Finch", 2024, arXiv 2404.05892,
+  equations 7 and 19 (bonus).
 
   Args:
-    query_BLHK: what is looked for.
-    key_BLHK: where values are written.
+    query_BLGK: what is looked for. G divides H: each head h reads with query,
+      and writes with key, number `h // (H / G)`.
+    key_BLGK: where values are written.
     value_BLHV: what is written.
-    log_decay: natural logarithm of a, at most 0; `[H]` for constant decays,
-      `[B, L, H]` for one per step, whose axes may have size 1. None for 0. With
-      -inf a step forgets all before it, as the first token of a packed
-      document must. A step with key 0 and a logarithm of 0 leaves the state
-      alone, as padding must.
+    log_decay: natural logarithm of a, at most 0: one per head `[H]` or per
+      channel `[H, K]` if it is constant, or one per step and head `[B, L, H]` or
+      channel `[B, L, H, K]`, whose axes B and H may have size 1. None for 0.
+      With -inf a step forgets all before it, and reads nothing of it even if it
+      reads before it writes: as the first token of a packed document must. A
+      step with key 0 and a logarithm of 0 leaves the state alone, as padding
+      must.
     initial_BHKV: state before the first step; None for 0.
+    bonus_HK: u; None to read after writing.
     method: see above.
-    chunk: C, tokens per chunk (for `'recurrent'`, between states that are
-      kept); None for `CHUNK`.
+    chunk: C, tokens per chunk, rounded up to a power of 2 (for `'recurrent'`,
+      between states that are kept); None for `chunk_length` of the method.
 
   Returns:
     Output and last state, in at least float32.
@@ -73,144 +92,245 @@ def outer_recurrence(
   Raises:
     ValueError: if shapes do not fit, or method or chunk make no sense.
   """
-  _check(query_BLHK, key_BLHK, value_BLHV, log_decay, initial_BHKV)
-  batch, length, heads, width = key_BLHK.shape
-  chunk = _chunk_length(method, chunk, length)
-  dtype = jnp.result_type(query_BLHK, key_BLHK, value_BLHV, jnp.float32)
+  _check(query_BLGK, key_BLGK, value_BLHV, log_decay, initial_BHKV, bonus_HK)
+  _check_method(method, chunk)
+  arrays = query_BLGK, key_BLGK, value_BLHV
+  dtype = jnp.result_type(*arrays, jnp.float32)
+  log_decay = _per_step(log_decay, key_BLGK.shape[1], dtype)
   if initial_BHKV is None:
-    initial_BHKV = jnp.zeros((batch, heads, width, value_BLHV.shape[-1]), dtype)
-  log_decay_BLH = _per_step(log_decay, length, dtype)
-  arrays = query_BLHK, key_BLHK, value_BLHV, log_decay_BLH
-  # What a chunk holds is computed again backward: only states are kept.
-  body = jax.checkpoint(
-    _by_steps if method == 'recurrent' else _by_products, prevent_cse=False
+    initial_BHKV = _zero_state(key_BLGK, value_BLHV, dtype)
+  initial_BHKV = initial_BHKV.astype(dtype)
+  steps = Steps(*arrays, log_decay)
+  out, last_BHKV = _run(
+    method, chunk, bonus_HK is not None, initial_BHKV, steps
   )
-  last_BHKV, out = jax.lax.scan(
-    body, initial_BHKV.astype(dtype), [_chunks(x, chunk) for x in arrays]
-  )
-  # [n, B, H, C, V] -> [B, n C, H, V]
-  out = out.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, out.shape[-1])
-  return Recurred(out[:, :length], last_BHKV)
+  if bonus_HK is not None:
+    out += _own(*(x.astype(dtype) for x in arrays), bonus_HK)
+  return Recurred(out, last_BHKV)
 
 
-def decay_weights(
-  log_decay_BHC: Float[Array, '*B C'],
-) -> tuple[Float[Array, '*B C C'], Float[Array, '*B C']]:
-  """Returns how much of each step, and of the state before, a step still sees.
+def sharded_outer_recurrence(
+  query_BLGK: Float[Array, 'B L G K'],
+  key_BLGK: Float[Array, 'B L G K'],
+  value_BLHV: Float[Array, 'B L H V'],
+  log_decay: Float[Array, '...'] | None = None,
+  initial_BHKV: Float[Array, 'B H K V'] | None = None,
+  *,
+  axis_name: str,
+  bonus_HK: Float[Array, 'H K'] | None = None,
+  method: Method = 'auto',
+  chunk: int | None = None,
+) -> Recurred:
+  """Does what `outer_recurrence` does, on a sequence split among devices.
 
-  Entry (i, j) is `a_(j+1) ... a_i` for j <= i and 0 otherwise; the second
-  result is `a_0 ... a_i`.
+  To be called inside `jax.shard_map`, with equal, consecutive shares of the
+  length on the devices of one mesh axis. Each device finds what its share writes
+  and how much it leaves of the state before it. All devices get these of all, in
+  two gathers as small as states, and find the state before their own share.
 
-  Source: Dao and Gu, "Transformers are SSMs", 2024, arXiv 2405.21060, section
-  3 (1-semiseparable matrices).
+  Source: none; the two passes of Blelloch, "Prefix Sums and Their Applications",
+  1990, section 1.4, of `outer_recurrence`.
 
   Args:
-    log_decay_BHC: logarithms of a, at most 0; -inf forgets all before.
+    query_BLGK: this device's steps, as for `outer_recurrence`.
+    key_BLGK: likewise.
+    value_BLHV: likewise.
+    log_decay: likewise; constant ones are the same on all devices.
+    initial_BHKV: state before the first step of the first device, the same on
+      all.
+    axis_name: the mesh axis.
+    bonus_HK: as for `outer_recurrence`, the same on all devices.
+    method: likewise.
+    chunk: likewise.
+
+  Returns:
+    This device's output, and the state after the last step of the last device,
+    the same on all.
   """
-  is_reset = log_decay_BHC == -jnp.inf
-  # Steps see each other if no reset lies between: -inf - (-inf) would be nan.
-  number = jnp.cumsum(is_reset, axis=-1)
-  fall = jnp.cumsum(jnp.where(is_reset, 0, log_decay_BHC), axis=-1)
-  length = log_decay_BHC.shape[-1]
-  sees = number[..., :, None] == number[..., None, :]
-  sees &= jnp.tril(jnp.ones((length, length), bool))
-  between = fall[..., :, None] - fall[..., None, :]
-  weights = jnp.exp(jnp.where(sees, between, -jnp.inf))
-  return weights, jnp.exp(jnp.where(number == 0, fall, -jnp.inf))
-
-
-def _by_products(state_BHKV, inputs):
-  """Goes through a chunk by matrix products."""
-  query, key, value, log_decay = (x.astype(state_BHKV.dtype) for x in inputs)
-  weights_BHCM, kept_BHC = decay_weights(log_decay)
-  scores_BHCM = jnp.einsum('BHCK,BHMK->BHCM', query, key) * weights_BHCM
-  out_BHCV = jnp.einsum('BHCM,BHMV->BHCV', scores_BHCM, value)
-  out_BHCV += kept_BHC[..., None] * jnp.einsum(
-    'BHCK,BHKV->BHCV', query, state_BHKV
+  _check(query_BLGK, key_BLGK, value_BLHV, log_decay, initial_BHKV, bonus_HK)
+  _check_method(method, chunk)
+  arrays = query_BLGK, key_BLGK, value_BLHV
+  dtype = jnp.result_type(*arrays, jnp.float32)
+  steps = Steps(*arrays, _per_step(log_decay, key_BLGK.shape[1], dtype))
+  zero_BHKV = _zero_state(key_BLGK, value_BLHV, dtype)
+  if initial_BHKV is None:
+    initial_BHKV = zero_BHKV
+  zero_BHKV, initial_BHKV, steps = _varying_alike(
+    (
+      zero_BHKV,
+      initial_BHKV.astype(dtype),
+      steps,
+    )
   )
-  # What the last step sees of the others is what the state keeps of them.
-  kept_key = key * weights_BHCM[..., -1, :, None]
-  written_BHKV = jnp.einsum('BHCK,BHCV->BHKV', kept_key, value)
-  return kept_BHC[..., -1, None, None] * state_BHKV + written_BHKV, out_BHCV
+  size = _chunk_length('chunked', None, steps)
+  shares = outer_chunks.summary(size, zero_BHKV, steps)
+  shares = jax.lax.all_gather(shares, axis_name)
+
+  def over(state, share):
+    kept, written = share
+    return kept * state + written, state
+
+  _, states = jax.lax.scan(over, initial_BHKV, shares)
+  index = jax.lax.axis_index(axis_name)
+  before_BHKV = jax.lax.dynamic_index_in_dim(states, index, keepdims=False)
+  out, last_BHKV = outer_recurrence(
+    *arrays,
+    log_decay,
+    before_BHKV,
+    bonus_HK=bonus_HK,
+    method=method,
+    chunk=chunk,
+  )
+  is_last = index == jax.lax.axis_size(axis_name) - 1
+  last_BHKV = jax.lax.psum(jnp.where(is_last, last_BHKV, 0), axis_name)
+  return Recurred(out, last_BHKV)
 
 
-def _by_steps(state_BHKV, inputs):
-  """Goes through a chunk step by step."""
+def chunk_length(method: Method, *, per_channel: bool, length: int) -> int:
+  """Returns the tokens per chunk that are taken where nothing is said.
 
-  def step(state_BHKV, inputs):
-    query_BHK, key_BHK, value_BHV, log_decay_BH = inputs
-    written_BHKV = key_BHK[..., :, None] * value_BHV[..., None, :]
-    state_BHKV = jnp.exp(log_decay_BH)[..., None, None] * state_BHKV
-    state_BHKV += written_BHKV
-    return state_BHKV, jnp.einsum('BHK,BHKV->BHV', query_BHK, state_BHKV)
+  Source: none; our measurements (`experiments/benchmarks/matrix_states.py`),
+  and what fills the matrix units of accelerators.
 
-  steps = [jnp.moveaxis(x, 2, 0).astype(state_BHKV.dtype) for x in inputs]
-  state_BHKV, out_CBHV = jax.lax.scan(step, state_BHKV, steps)
-  return state_BHKV, jnp.moveaxis(out_CBHV, 0, 2)
+  Args:
+    method: see `outer_recurrence`.
+    per_channel: whether decays are.
+    length: of the sequence.
+  """
+  match method:
+    case 'parallel':
+      return length
+    case 'parallel_chunks':
+      return 64 if per_channel else 128
+  return 32 if per_channel else 64
+
+
+def _run(method, chunk, before, state, steps):
+  """Runs by a method."""
+
+  def by(method):
+    size = _chunk_length(method, chunk, steps)
+    return functools.partial(RUNS[method], before, size)
+
+  state, steps = _varying_alike((state, steps))
+  if method != 'auto':
+    return by(method)(state, steps)
+  return jax.lax.platform_dependent(
+    state, steps, cpu=by('chunked'), default=by('parallel_chunks')
+  )
+
+
+def _own(query, key, value, bonus_HK):
+  """Returns what steps read of themselves by the bonus."""
+  repeats = value.shape[2] // query.shape[2]
+  product_BLHK = jnp.repeat(query * key, repeats, axis=2)
+  return jnp.einsum('BLHK,HK->BLH', product_BLHK, bonus_HK)[..., None] * value
+
+
+def _zero_state(key, value, dtype):
+  batch, _, _, width = key.shape
+  return jnp.zeros((batch, value.shape[2], width, value.shape[3]), dtype)
+
+
+def _varying_alike(tree):
+  """Lets arrays vary over the same axes of a mesh, within `jax.shard_map`."""
+  varying = lambda x: jax.typeof(x).manual_axis_type.varying
+  axes = frozenset().union(*map(varying, jax.tree.leaves(tree)))
+  return jax.tree.map(
+    lambda x: jax.lax.pcast(x, tuple(axes - varying(x)), to='varying'), tree
+  )
 
 
 def _per_step(log_decay, length, dtype):
-  """Returns `[B, L, H]`; axes B and H may have size 1."""
+  """Returns `[B, L, H, K]`; all axes but L may have size 1."""
   log_decay = jnp.zeros(1) if log_decay is None else jnp.asarray(log_decay)
-  if log_decay.ndim == 1:
+  if log_decay.ndim in (1, 3):
+    log_decay = log_decay[..., None]
+  if log_decay.ndim == 2:
     log_decay = log_decay[None, None]
-  batch, _, heads = log_decay.shape
-  return jnp.broadcast_to(log_decay, (batch, length, heads)).astype(dtype)
+  batch, _, *rest = log_decay.shape
+  return jnp.broadcast_to(log_decay, (batch, length, *rest)).astype(dtype)
 
 
-def _chunks(x_BLH, chunk):
-  """Cuts `[B, L, H, ...]` into `[n, B, H, C, ...]`, zeros at the end."""
-  batch, length, heads, *rest = x_BLH.shape
-  padding = [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x_BLH.ndim - 2)
-  x = jnp.pad(x_BLH, padding).reshape(batch, -1, chunk, heads, *rest)
-  return x.transpose(1, 0, 3, 2, *range(4, x.ndim))
+def _chunk_length(method, chunk, steps):
+  """Returns C: a power of 2 where steps within chunks are multiplied."""
+  length = steps.value.shape[1]
+  if chunk is None:
+    per_channel = steps.log_decay.shape[-1] > 1
+    chunk = chunk_length(method, per_channel=per_channel, length=length)
+  chunk = min(chunk, length)
+  return chunk if method == 'recurrent' else decay.power_of_two(chunk)
 
 
-def _chunk_length(method, chunk, length):
+def _check_method(method, chunk):
   if method not in get_args(Method):
     raise ValueError(
       f'unknown method {method!r}; choose one of {", ".join(get_args(Method))}.'
     )
   if chunk is not None and chunk < 1:
     raise ValueError(f'chunks need at least 1 token, got chunk={chunk}.')
-  if method != 'parallel':
-    return min(CHUNK if chunk is None else chunk, length)
-  if chunk is not None:
+  if chunk is not None and method == 'parallel':
     raise ValueError(
       f"chunk={chunk} given, but 'parallel' has a single chunk; leave "
       "chunk=None or ask for 'chunked'."
     )
-  return length
 
 
-def _check(query, key, value, log_decay, initial):
+def _check(query, key, value, log_decay, initial, bonus):
   """Raises unless the arrays fit together."""
   shapes = f'query {query.shape}, key {key.shape}, value {value.shape}'
   if not query.ndim == key.ndim == value.ndim == 4:
     raise ValueError(
       f'a recurrence needs arrays [B, length, heads, width]: {shapes}.'
     )
-  if query.shape != key.shape or key.shape[:3] != value.shape[:3]:
+  batch, length, groups, width = key.shape
+  heads = value.shape[2]
+  if query.shape != key.shape or key.shape[:2] != value.shape[:2]:
     raise ValueError(
       'queries and keys must have equal shapes, and values must agree with '
-      f'them in batch, length and heads: {shapes}.'
+      f'them in batch and length: {shapes}.'
     )
-  batch, length, heads, width = key.shape
+  if groups < 1 or heads % groups:
+    raise ValueError(
+      'values must have as many heads as queries and keys, or a multiple: '
+      f'{shapes}.'
+    )
   if length < 1:
     raise ValueError(f'a recurrence needs at least one token: {shapes}.')
-  full = batch, length, heads
-  given = (heads,) if log_decay is None else jnp.shape(log_decay)
-  fits = len(given) in (1, 3) and all(
-    n in (1, m) for n, m in zip(given[::-1], full[::-1], strict=False)
+  _check_decay((batch, length, heads, width), log_decay)
+  state = batch, heads, width, value.shape[-1]
+  for name, array, shape in (
+    ('initial state', initial, state),
+    ('bonus', bonus, (heads, width)),
+  ):
+    if array is not None and array.shape != shape:
+      raise ValueError(
+        f'the {name} must have shape {list(shape)}, got {list(array.shape)}.'
+      )
+
+
+def _check_decay(full, log_decay):
+  """Raises unless there is one decay for each head, channel, step or both."""
+  batch, length, heads, width = full
+  given = (1,) if log_decay is None else jnp.shape(log_decay)
+  allowed = [(heads,), (heads, width), (batch, length, heads), full]
+  fits = any(
+    len(given) == len(shape)
+    and all(n in (1, m) for n, m in zip(given, shape, strict=True))
+    for shape in allowed
   )
   if not fits:
     raise ValueError(
-      f'log_decay must have shape [{heads}], one number per head, or '
-      f'{list(full)}, one per step, got {list(given)}.'
+      'log_decay must have one of the shapes '
+      f'{", ".join(str(list(shape)) for shape in allowed)} (per head, per '
+      'channel of the keys, and either of them per step), got '
+      f'{list(given)}.'
     )
-  state = batch, heads, width, value.shape[-1]
-  if initial is not None and initial.shape != state:
-    raise ValueError(
-      f'the initial state must have shape {list(state)}, got '
-      f'{list(initial.shape)}.'
-    )
+
+
+RUNS = {
+  'chunked': outer_chunks.in_turns,
+  'parallel_chunks': outer_chunks.at_once,
+  'parallel': outer_chunks.in_turns,
+  'recurrent': outer_chunks.step_by_step,
+}
