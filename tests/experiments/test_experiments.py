@@ -252,6 +252,8 @@ def test_the_state_space_benchmark_measures(monkeypatch):
   results = state_spaces.measure((96,), width=4, states=4, rounds=1)
   for name in ('fft', 'direct'):
     assert results['96'][f'chunked_both_speed_relative_to_{name}'] > 0
+
+
 def test_the_benchmark_of_matrix_states_measures(monkeypatch):
   monkeypatch.syspath_prepend(str(ROOT))
   from experiments.benchmarks import matrix_states

@@ -9,19 +9,19 @@ from jaxformers.nn import RMSNorm
 from jaxformers.nn import UnitNorm
 from jaxformers.nn.mixers import LRU
 from jaxformers.nn.mixers import RGLRU
-from jaxformers.nn.mixers import RWKV4
-from jaxformers.nn.mixers import S5
 from jaxformers.nn.mixers import RTF
+from jaxformers.nn.mixers import RWKV4
+from jaxformers.nn.mixers import RWKV6
 from jaxformers.nn.mixers import S4
 from jaxformers.nn.mixers import S4D
-from jaxformers.nn.mixers import RWKV6
+from jaxformers.nn.mixers import S5
 from jaxformers.nn.mixers import Attention
 from jaxformers.nn.mixers import HippoMemory
 from jaxformers.nn.mixers import HippoRNN
 from jaxformers.nn.mixers import LinearAttention
 from jaxformers.nn.mixers import Mamba
-from jaxformers.nn.mixers import RecurrentBlock
 from jaxformers.nn.mixers import Mamba2
+from jaxformers.nn.mixers import RecurrentBlock
 from jaxformers.nn.mixers import Retention
 from jaxformers.nn.mixers import RWKV4ChannelMixing
 from jaxformers.ops import ALiBi
@@ -200,6 +200,8 @@ class TestMixers(MixerConformance):
         step_min=0.1,
         step_max=0.5,
       ),
+      variant=True,
+    ),
     MixerCase('s4d', S4D(state_size=6, chunk=5)),
     MixerCase(
       's4d_legs_bilinear_untied_fft',
@@ -230,6 +232,8 @@ class TestMixers(MixerConformance):
       'rtf_longer_encoder',
       RTF(length=5, state_size=3, delay=False, causal=False),
       tolerance=1e-4,
+      variant=True,
+    ),
     MixerCase(
       'mamba2',
       Mamba2(head_dim=8, state_size=4, groups=2, taps=3, chunk=4),

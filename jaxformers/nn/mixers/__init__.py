@@ -17,6 +17,8 @@ from jaxformers.nn.mixers.linear_attention import LinearAttentionState
 from jaxformers.nn.mixers.lru import LRU
 from jaxformers.nn.mixers.mamba import Mamba
 from jaxformers.nn.mixers.mamba import MambaState
+from jaxformers.nn.mixers.mamba2 import Mamba2
+from jaxformers.nn.mixers.mamba2 import Mamba2State
 from jaxformers.nn.mixers.retention import Retention
 from jaxformers.nn.mixers.retention import RetentionState
 from jaxformers.nn.mixers.rtf import RTF
@@ -25,14 +27,10 @@ from jaxformers.nn.mixers.rwkv4 import RWKV4
 from jaxformers.nn.mixers.rwkv4 import RWKV4ChannelMixing
 from jaxformers.nn.mixers.rwkv4 import RWKV4State
 from jaxformers.nn.mixers.rwkv4 import TokenShiftState
+from jaxformers.nn.mixers.rwkv6 import RWKV6
+from jaxformers.nn.mixers.rwkv6 import RWKV6State
 from jaxformers.nn.mixers.s4 import S4
 from jaxformers.nn.mixers.s4d import S4D
 from jaxformers.nn.mixers.s5 import S5
 from jaxformers.nn.mixers.short import ShortConvolution
 from jaxformers.nn.mixers.state_space import ModesState
-from jaxformers.nn.mixers.mamba2 import Mamba2
-from jaxformers.nn.mixers.mamba2 import Mamba2State
-from jaxformers.nn.mixers.retention import Retention
-from jaxformers.nn.mixers.retention import RetentionState
-from jaxformers.nn.mixers.rwkv6 import RWKV6
-from jaxformers.nn.mixers.rwkv6 import RWKV6State
