@@ -29,7 +29,7 @@ from jaxformers.ops.recurrence.short import ShortConvolved
 from jaxformers.ops.recurrence.short import sharded_short_convolution
 from jaxformers.ops.recurrence.short import short_convolution
 from jaxformers.ops.recurrence.ssd import ssd
-from jaxformers.ops.recurrence.steps import step_through
+from jaxformers.ops.recurrence.stepwise import step_through
 from jaxformers.ops.recurrence.wkv import WKV
 from jaxformers.ops.recurrence.wkv import WKVMethod
 from jaxformers.ops.recurrence.wkv import WKVState
