@@ -17,7 +17,7 @@ Recurrent Neural Networks for Long Sequences", 2023, arXiv 2303.06349.
 Run: `pip install scikit-learn`, `jaxformers reproduce experiments/digits_memory.py`
 Expected: an accuracy of at least 0.85 on held-out digits with each start for long
 memory, and of at most 0.2, about chance, with short memory. Both bounds were fixed
-before anything was measured.
+before anything was measured. Attention is not judged.
 Time: about 1 minute per variant and seed on 2 CPU cores.
 """
 

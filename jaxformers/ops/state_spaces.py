@@ -221,7 +221,9 @@ def s4_kernel(
   def spectrum(z_C):
     poles_DSC = (eigenvalues * step_D[:, None])[..., None]
     divisor_DSC = 2 * (1 - z_C) - poles_DSC * (1 + z_C)
-    sums_DNC = jnp.einsum('DSN,DSC->DNC', products_DSN, 1 / divisor_DSC)
+    sums_DNC = jnp.einsum(
+      'DSN,DSC->DNC', products_DSN, 1 / divisor_DSC, precision='highest'
+    )
     sums = sums_DNC.reshape(-1, rank + 1, rank + 1, chunk)
     # Gauss elimination of the unit matrix plus (1 + z) r(P^*, P).
     for i in range(rank, 0, -1):
@@ -377,7 +379,7 @@ def double_readout(
 
 def _times_power(row_DN, matrix_DNM, length):
   power_DNM = jnp.linalg.matrix_power(matrix_DNM, length)
-  return jnp.einsum('DN,DNM->DM', row_DN, power_DNM)
+  return jnp.einsum('DN,DNM->DM', row_DN, power_DNM, precision='highest')
 
 
 def real_readout(readout_DS: Complex[Array, 'D S']) -> Float[Array, 'D N']:

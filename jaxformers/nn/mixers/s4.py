@@ -43,10 +43,9 @@ class S4(nn.Module):
     been recovered from C~ at the same price, in every call. Packed training is
     slow; `S4D` has neither restriction.
 
-  Parameters `log_rate`, `frequency`, `low_rank`, `input` and `log_step` are
-  trained by the authors without weight decay and with a learning rate of at most
-  1e-3: `jaxformers.optim.selection.matching(r'(log_rate|frequency|log_step|
-  (low_rank|input)_(re|im))_', params)`.
+  The authors train the parameters that `jaxformers.optim.selection.matching(
+  '(rate|frequency|low_rank_..|input_..|step)_', params)` finds without weight
+  decay, and with a learning rate of at most 1e-3.
 
   Source: Gu, Goel and Ré, "Efficiently Modeling Long Sequences with Structured
   State Spaces", 2021, arXiv 2111.00396; defaults as in the authors' code,

@@ -28,10 +28,9 @@ class S4D(nn.Module):
   Each channel u drives S = `state_size / 2` complex modes, `x' = a x + b u`,
   which are sampled in steps of dt and read as `y = 2 Re(C x) + d u`.
 
-  Parameters `log_rate`, `frequency`, `input_re`, `input_im` and `log_step` are
-  trained by the authors without weight decay and with a learning rate of at most
-  1e-3: `jaxformers.optim.selection.matching(r'(log_rate|frequency|input_(re|im)|
-  log_step)_', params)`.
+  The authors train the parameters that
+  `jaxformers.optim.selection.matching('(rate|frequency|input_..|step)_', params)`
+  finds without weight decay, and with a learning rate of at most 1e-3.
 
   Source: Gu et al., "On the Parameterization and Initialization of Diagonal
   State Space Models", 2022, arXiv 2206.11893; defaults as in the authors' code,

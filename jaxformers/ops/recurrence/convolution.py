@@ -114,8 +114,8 @@ def lti_convolution(
 
   All methods compute the same. `'chunked'` does all within a chunk of C tokens
   by products with Toeplitz matrices, and carries the modes from chunk to chunk:
-  `O(L (C + 4 S))` multiply-adds per channel, in matrix products, which on CPU is
-  half the time of Fourier transforms. `'fft'` convolves with `mode_kernel`.
+  `O(L (C + 4 S))` multiply-adds per channel, in matrix products. `'fft'` convolves
+  with `mode_kernel`; rounding errors of distant tokens reach every output.
   `'sequential'` goes step by step and is for few tokens; it keeps one state per
   chunk for the backward pass. `'auto'` is sequential for up to `FEW` tokens and
   chunked for more, on all platforms.
@@ -147,12 +147,13 @@ def lti_convolution(
       is asked.
   """
   _check(input_BLD, modes, initial_BDS, places, method, chunk)
-  batch, length, width = input_BLD.shape
+  batch, length, _ = input_BLD.shape
   dtype = _wide(input_BLD)
   modes = Modes(
     *(x.astype(jnp.result_type(dtype, jnp.complex64)) for x in modes)
   )
-  if initial_BDS is None:
+  is_fresh = initial_BDS is None
+  if is_fresh:
     initial_BDS = jnp.zeros((batch, *modes.decay.shape))
   initial_BDS = initial_BDS.astype(modes.decay.dtype)
   if chunk is None:
@@ -168,6 +169,8 @@ def lti_convolution(
   if places is not None:
     x_BLD = jnp.where(places.number_BL[..., None] == 0, 0, x_BLD)
   out_BLD, last_BDS = run(x_BLD, modes, initial_BDS, places, min(chunk, length))
+  if method == 'fft' and not is_fresh:
+    out_BLD += _read_before(modes, initial_BDS, length)
   return Convolved(out_BLD.astype(input_BLD.dtype), last_BDS)
 
 
@@ -205,11 +208,15 @@ def _by_transforms(x_BLD, modes, initial_BDS, places, chunk):
   del places
   length = x_BLD.shape[1]
   out_BLD = kernel_convolution(x_BLD, mode_kernel(modes, length))
-  seen_BDS = modes.readout * modes.decay * initial_BDS
-  out_BDL = _weigh_powers(seen_BDS, modes.decay, length)
   x_DNBC = _channels_first(_chunks(x_BLD, chunk))
   _, last_BDS = _carry(x_DNBC, length, initial_BDS, _tables(modes, chunk))
-  return out_BLD + jnp.moveaxis(out_BDL, 1, 2), last_BDS
+  return out_BLD, last_BDS
+
+
+def _read_before(modes, initial_BDS, length):
+  """Returns what each token reads from the modes before the first one."""
+  weight_BDS = modes.readout * modes.decay * initial_BDS
+  return jnp.moveaxis(_weigh_powers(weight_BDS, modes.decay, length), 1, 2)
 
 
 def _by_chunks(x_BLD, modes, initial_BDS, places, chunk):
@@ -386,6 +393,7 @@ def _weigh_powers(weight_DS, decay_DS, length):
     '...DSN,DSC->...DNC',
     _split(coarse_DSN, axis=-2),
     _split(jnp.conj(fine_DSC), axis=-2),
+    precision='highest',
   )
   return out_DNC.reshape(*out_DNC.shape[:-2], -1)[..., :length]
 
