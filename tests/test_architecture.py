@@ -121,7 +121,7 @@ NO_SOURCE = {
   'Mixer', 'AttentionState', 'Constant', 'FromOptax', 'LanguageModelState',
   'LinearAttended', 'LinearAttentionState', 'LinearMemory', 'Recurred',
   'Reread', 'RetentionState', 'TokenLayer', 'PlusMinusState', 'GainState',
-  'ScaleState',
+  'ScaleState', 'Mamba2State', 'RWKV6State', 'Recurrence', 'ShortConvolved',
   'AggregateState', 'GramWeighting',
   'Multitask', 'Scalarizer', 'StackedCombination', 'Stateless',
 }  # fmt: skip

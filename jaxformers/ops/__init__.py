@@ -117,8 +117,13 @@ from jaxformers.ops.positions import Rotary
 from jaxformers.ops.positions import rotate
 from jaxformers.ops.positions import sinusoidal
 from jaxformers.ops.recurrence import Recurred
+from jaxformers.ops.recurrence import Recurrence
 from jaxformers.ops.recurrence import ShortConvolved
+from jaxformers.ops.recurrence import check_decay
+from jaxformers.ops.recurrence import decays_in_segments
+from jaxformers.ops.recurrence import linear_recurrence
 from jaxformers.ops.recurrence import outer_recurrence
+from jaxformers.ops.recurrence import sharded_linear_recurrence
 from jaxformers.ops.recurrence import sharded_outer_recurrence
 from jaxformers.ops.recurrence import sharded_short_convolution
 from jaxformers.ops.recurrence import short_convolution
