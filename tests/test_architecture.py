@@ -126,7 +126,7 @@ NO_SOURCE = {
   'Reread', 'RetentionState', 'TokenLayer', 'PlusMinusState', 'GainState',
   'MambaState', 'RGLRUState', 'RecurrentBlockState', 'RWKV4State', 'TokenShiftState',
   'GatedRecurred', 'WKV', 'WKVState', 'ScaleState', 'Selected', 'ShortConvolved',
-  'AggregateState', 'GramWeighting',
+  'Mamba2State', 'RWKV6State', 'AggregateState', 'GramWeighting',
   'Multitask', 'Retrospective', 'Scalarizer', 'StackedCombination', 'Stateless',
   'HippoMemoryState', 'HippoRNNState', 'Measure', 'LinearSystem',
   'Dynamics', 'ConstantDynamics', 'Memorized', 'MemoryState',

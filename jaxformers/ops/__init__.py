@@ -167,6 +167,7 @@ from jaxformers.ops.recurrence import Selected
 from jaxformers.ops.recurrence import ShortConvolved
 from jaxformers.ops.recurrence import WKVState
 from jaxformers.ops.recurrence import check_decay
+from jaxformers.ops.recurrence import decays_in_segments
 from jaxformers.ops.recurrence import kernel_convolution
 from jaxformers.ops.recurrence import linear_recurrence
 from jaxformers.ops.recurrence import lti_convolution
