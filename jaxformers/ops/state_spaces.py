@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxformers.ops.diagonal import normal_legs
 from jaxformers.ops.recurrence.convolution import Modes
-from jaxformers.ops.recurrence.steps import step_through
+from jaxformers.ops.recurrence.stepwise import step_through
 from jaxformers.ops.segments import Places
 
 FREQUENCIES = 64

@@ -10,4 +10,4 @@ from jaxformers.ops.recurrence.outer import Method
 from jaxformers.ops.recurrence.outer import Recurred
 from jaxformers.ops.recurrence.outer import decay_weights
 from jaxformers.ops.recurrence.outer import outer_recurrence
-from jaxformers.ops.recurrence.steps import step_through
+from jaxformers.ops.recurrence.stepwise import step_through

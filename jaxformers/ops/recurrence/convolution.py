@@ -9,7 +9,7 @@ from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Complex, Float
 
-from jaxformers.ops.recurrence.steps import step_through
+from jaxformers.ops.recurrence.stepwise import step_through
 from jaxformers.ops.segments import Places
 
 CHUNK = 64
