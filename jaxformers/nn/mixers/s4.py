@@ -40,8 +40,9 @@ class S4(nn.Module):
   - longer rows: likewise, after C~ has been converted to the next of twice,
     four times, ... the length, which takes `O(N^3 log length)` per channel;
   - with a state, or with packing: a recurrence in steps of `O(N)`, after C has
-    been recovered from C~ at the same price, in every call. Packed training is
-    slow; `S4D` has neither restriction.
+    been recovered from C~ at the same price, in every call. So packed training
+    is slow, and decoding token by token takes many times what `S4D` takes, which
+    has neither restriction.
 
   The authors train the parameters that `jaxformers.optim.selection.matching(
   '(rate|frequency|low_rank_..|input_..|step)_', params)` finds without weight
