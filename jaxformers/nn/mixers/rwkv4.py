@@ -135,8 +135,8 @@ class RWKV4ChannelMixing(nn.Module):
   each token with the one before it. Since it remembers a token it has a state,
   and stands in a `Block` as its mixer.
 
-  Source: Peng et al., "RWKV", 2023, arXiv 2305.13048, section 3.1, equations
-  17 and 18; initial values as for `RWKV4`.
+  Source: Peng et al., "RWKV", 2023, arXiv 2305.13048, section 3.1;
+  initial values as for `RWKV4`.
 
   Attributes:
     hidden: F, width of k; None for 4 D.

@@ -86,9 +86,10 @@ def wkv(
   - 1)` times the token's own term; code in the wild that adds another pair of
   parameters there has a different model.
 
-  Source: Peng et al., "RWKV", 2023, arXiv 2305.13048, equations 14 and 19 to
-  22 of section 3 and appendix D; the parallel form: none, the product of such
-  sums is associative.
+  Source: Peng et al., "RWKV", 2023, arXiv 2305.13048, section 3.1.2; the sums
+  as in the authors' code, https://github.com/BlinkDL/ChatRWKV,
+  RWKV_in_150_lines.py. The parallel form: none, to join such sums is
+  associative.
 
   Args:
     key_BLD: k.
