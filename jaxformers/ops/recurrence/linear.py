@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Inexact
 import numpy as np
 
+from jaxformers.ops.recurrence import steps
+
 CHUNK = 128
 """Steps per chunk, where nothing else is said."""
 
-LinearMethod = Literal['auto', 'sequential', 'chunked', 'associative']
+LinearMethod = Literal['auto', 'sequential', 'chunked', 'associative', 'pallas']
 
 
 class Recurrence(NamedTuple):
@@ -45,6 +47,9 @@ def linear_recurrence(
   writes each number once. `'associative'` combines neighbours in a tree of depth
   O(log L), each level a pass over memory (`jax.lax.associative_scan`).
   `'chunked'` builds such trees within chunks, and goes from chunk to chunk.
+  `'pallas'` is a kernel for TPUs that reads and writes each number once; it does
+  not split over devices by itself, only within `jax.shard_map`, and where there
+  is no TPU it is interpreted, slowly.
   `'auto'` is `fastest_method` of the platform that the program is compiled for.
 
   Derivatives of any order and mode exist. Backward runs `s_t = g_t + a_(t+1)
@@ -82,22 +87,51 @@ def linear_recurrence(
     ValueError: if shapes or dtypes do not fit, there is no step, or method or
       chunk make no sense.
   """
-  _check(decay, input, initial, reset, skip)
-  plan = _plan(method, chunk, input.shape[1], reverse)
-  given = (decay, input) if initial is None else (decay, input, initial)
-  dtype = jnp.result_type(*given, jnp.float32)
-  if initial is None:
-    initial = jnp.zeros_like(input[:, 0])
-  reset, skip = (
-    x if x is None else x.reshape(x.shape + (1,) * (input.ndim - 2))
-    for x in (reset, skip)
-  )
-  if skip is not None:
-    input = jnp.where(skip, 0, input)
-  decay = jnp.asarray(decay, jnp.result_type(decay, _real(dtype)))
-  decay = decay.reshape((1,) * (input.ndim - decay.ndim) + decay.shape)
-  arrays = _varying_alike(decay, initial.astype(dtype), input, reset, skip)
-  return Recurrence(*_recurrence(plan, *arrays))
+  options = reset, skip, reverse, method, chunk
+  return Recurrence(*_prepared(None, decay, input, initial, *options))
+
+
+def sharded_linear_recurrence(
+  decay: Inexact[Array, '...'],
+  input: Inexact[Array, 'B L ...'],
+  initial: Inexact[Array, 'B ...'] | None = None,
+  *,
+  axis_name: str,
+  reset: Bool[Array, 'B L'] | None = None,
+  skip: Bool[Array, 'B L'] | None = None,
+  reverse: bool = False,
+  method: LinearMethod = 'auto',
+  chunk: int | None = None,
+) -> Recurrence:
+  """Runs `linear_recurrence` over steps that are split among devices.
+
+  For use within `jax.shard_map`. Each device runs its steps twice: first to
+  learn what it makes of the state that enters it, then with that state. In
+  between two small arrays per device are gathered by all; states never travel.
+  Gradients take the same way back.
+
+  Source: Martin and Cundy, "Parallelizing Linear Recurrent Neural Nets Over
+  Sequence Length", 2018, arXiv 1709.04057, algorithm 1.
+
+  Args:
+    decay: of the steps of this device, like what follows.
+    input: b.
+    initial: h before the first step of all, the same on all devices.
+    axis_name: of the mesh axis along which steps are split, in order.
+    reset: see `linear_recurrence`.
+    skip: see `linear_recurrence`.
+    reverse: see `linear_recurrence`.
+    method: see `linear_recurrence`.
+    chunk: see `linear_recurrence`.
+
+  Returns:
+    The states of this device, and the last of all devices, the same on each.
+  """
+  options = reset, skip, reverse, method, chunk
+  states, last = _prepared(axis_name, decay, input, initial, *options)
+  end = 0 if reverse else jax.lax.axis_size(axis_name) - 1
+  is_end = jax.lax.axis_index(axis_name) == end
+  return Recurrence(states, jax.lax.psum(jnp.where(is_end, last, 0), axis_name))
 
 
 def fastest_method(platform: str) -> LinearMethod:
@@ -105,7 +139,9 @@ def fastest_method(platform: str) -> LinearMethod:
 
   On a CPU a loop over the steps is nearest to the speed of memory, and anything
   parallel makes several passes. On accelerators each turn of a loop has a cost,
-  so that turns must be few and each must do much.
+  so that turns must be few and each must do much. On TPUs `'pallas'` is faster
+  still, but must be asked for: only who calls knows whether arrays are split
+  over devices.
 
   Source: none; our measurements (`experiments/benchmarks/recurrence.py`).
 
@@ -148,24 +184,32 @@ def check_decay(decay: Inexact[Array, '...'], tolerance: float = 1e-6) -> None:
     )
 
 
-class _Plan(NamedTuple):
-  """How to go through the steps.
-
-  Attributes:
-    method: one that `linear_recurrence` offers.
-    size: steps at once; 0 for what suits the platform.
-    down: whether from the end.
-  """
-
-  method: str
-  size: int
-  down: bool
+def _prepared(axis, decay, input, initial, reset, skip, reverse, method, chunk):
+  """Checks what is given, gives it all axes and dtypes, and runs."""
+  _check(decay, input, initial, reset, skip)
+  plan = _plan(method, chunk, input.shape[1], reverse, axis)
+  given = (decay, input) if initial is None else (decay, input, initial)
+  dtype = jnp.result_type(*given, jnp.float32)
+  if initial is None:
+    initial = jnp.zeros_like(input[:, 0])
+  reset, skip = (
+    x if x is None else x.reshape(x.shape + (1,) * (input.ndim - 2))
+    for x in (reset, skip)
+  )
+  if skip is not None:
+    input = jnp.where(skip, 0, input)
+  real = jnp.finfo(dtype).dtype
+  decay = jnp.asarray(decay, jnp.result_type(decay, real))
+  decay = decay.reshape((1,) * (input.ndim - decay.ndim) + decay.shape)
+  decay = steps.Decay(decay, reset, skip)
+  arrays = decay, initial.astype(dtype), input
+  return _recurrence(plan, *_varying_alike(arrays))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _recurrence(plan, *arrays):
+def _recurrence(plan, decay, initial, input):
   """Returns states and last state; what is given has all axes."""
-  return _for_platform(plan, _forwards, *arrays)
+  return _for_platform(plan, steps.forwards, decay, initial, input)
 
 
 @_recurrence.defjvp
@@ -178,189 +222,51 @@ def _recurrence_jvp(plan, primals, tangents):
   they need is all that is kept. The product with its matrix serves to
   differentiate once more.
   """
-  decay, initial, _, reset, skip = primals
+  decay, initial, _ = primals
   states, last = _recurrence(plan, *primals)
-  flags = reset, skip
 
-  def driven(decay_dot):
-    return _effective(decay_dot, *flags, 0) * _before(plan, initial, states)
+  known = decay, initial, states
+
+  def driven(known, decay_dot):
+    """Returns what the tangent of the decay adds at each step."""
+    decay, initial, states = known
+    return decay.select(decay_dot) * steps.before(plan, initial, states)
+
+  # Checkpointed, or else what it makes of what is known would be kept too.
+  @jax.checkpoint
+  def added(known, decay_dot, *dots):
+    effective = known[0].effective()
+    return effective * steps.before(plan, *dots) + driven(known, decay_dot)
 
   def product(unknown):
-    decay_dot, initial_dot, states_dot, last_dot = unknown
-    before_dot = _before(plan, initial_dot, states_dot)
-    rest = states_dot - _effective(decay, *flags) * before_dot
-    rest -= driven(decay_dot)
-    last_dot -= _edge(plan.down, states_dot)
-    return decay_dot, initial_dot, rest, last_dot
+    *dots, last_dot = unknown
+    rest = dots[2] - added(known, *dots)
+    return *dots[:2], rest, last_dot - steps.edge(plan.down, dots[2])
 
   def solve(_, given):
     decay_dot, initial_dot, input_dot, last_dot = given
-    input_dot += driven(decay_dot)
-    arrays = decay, initial_dot, input_dot, *flags
-    states_dot, end_dot = _for_platform(plan, _forwards, *arrays)
+    input_dot += driven(known, decay_dot)
+    states_dot, end_dot = _for_platform(
+      plan, steps.forwards, decay, initial_dot, input_dot
+    )
     return decay_dot, initial_dot, states_dot, last_dot + end_dot
 
   def solve_transposed(_, given):
-    decay_bar, initial_bar, states_bar, last_bar = given
-    arrays = decay, initial, states, *flags, states_bar, last_bar
-    total, carry, input_bar = _for_platform(plan, _backwards, *arrays)
-    return decay_bar + total, initial_bar + carry, input_bar, last_bar
+    decay_bar, initial_bar, *bars = given
+    more_decay_bar, input_bar, more_initial_bar = _for_platform(
+      plan, steps.backwards, *known, *bars
+    )
+    decay_bar += more_decay_bar
+    return decay_bar, initial_bar + more_initial_bar, input_bar, bars[1]
 
-  decay_dot, initial_dot, input_dot = tangents[:3]
-  given = decay_dot, initial_dot, input_dot.astype(states.dtype), 0 * last
+  decay_dot, initial_dot, input_dot = tangents
+  given = decay_dot.value, initial_dot, input_dot.astype(states.dtype), 0 * last
+  # One barrier, so that all are unknown to the system if one is.
   given = jax.lax.optimization_barrier(given)
   solution = jax.lax.custom_linear_solve(
     product, given, solve, solve_transposed
   )
   return (states, last), solution[2:]
-
-
-def _forwards(plan, decay, initial, input, reset, skip):
-  """Goes through the steps; returns states and last state."""
-
-  def block(start, size, carry):
-    state, states = carry
-    decays = _effective(*_cut((decay, reset, skip), start, size))
-    inputs = _cut(states, start, size)
-    if size == 1:
-      block = decays * state[:, None] + inputs
-    else:
-      block = _prefixes(plan.down, decays, inputs, state)
-    return _edge(plan.down, block), _put(states, block, start)
-
-  # In place: each block of inputs makes room for its states.
-  states = input.astype(initial.dtype)
-  steps = 0, input.shape[1]
-  last, states = _in_blocks(
-    plan.size, plan.down, block, steps, (initial, states)
-  )
-  return states, last
-
-
-def _backwards(plan, decay, initial, states, reset, skip, states_bar, last_bar):
-  """Goes through the steps in the other direction.
-
-  Returns:
-    Gradients of decay, initial state and input.
-  """
-  up = not plan.down
-
-  def block(start, size, carry, before):
-    state_bar, bars, total = carry
-    decays, is_reset, is_skip = _cut((decay, reset, skip), start, size)
-    effective = _effective(decays, is_reset, is_skip)
-    inputs = _cut(bars, start, size)
-    if size == 1:
-      block = state_bar[:, None] + inputs
-    else:
-      later = _each_step(effective, size)
-      later = _shifted(up, later, jnp.ones_like(later[:, :1]))
-      block = _prefixes(up, later, inputs, state_bar)
-    product = _effective(block * before, is_reset, is_skip, 0)
-    total = _add(total, product, start)
-    state_bar = _edge(up, effective * block)
-    return state_bar, _put(bars, block, start), total
-
-  def inner(start, size, carry):
-    earlier = start - 1 if up else start + 1
-    return block(start, size, carry, _cut(states, earlier, size))
-
-  length = states.shape[1]
-  carry = last_bar, states_bar, jnp.zeros_like(decay)
-  # The step that came first has the initial state before it, all others have
-  # states that are shifted by one.
-  first = 0 if up else length - 1
-  others = (1, length) if up else (0, length - 1)
-  carry = _in_blocks(plan.size, up, inner, others, carry)
-  state_bar, bars, total = block(first, 1, carry, initial[:, None])
-  return total, state_bar, bars
-
-
-def _prefixes(down, decays, inputs, state):
-  """Returns the states of a block by a tree."""
-
-  def combine(earlier, later):
-    decay, state = earlier
-    later_decay, later_state = later
-    return later_decay * decay, later_decay * state + later_state
-
-  pairs = _each_step(decays, inputs.shape[1]), inputs
-  decays, states = jax.lax.associative_scan(combine, pairs, down, axis=1)
-  return decays * state[:, None] + states
-
-
-def _each_step(decays, size):
-  """Copies decays that are the same for all steps to each."""
-  shape = decays.shape[0], size, *decays.shape[2:]
-  return jnp.broadcast_to(decays, shape)
-
-
-def _in_blocks(size, down, function, steps, carry):
-  """Runs `function(start, size, carry)` over blocks of steps."""
-  begin, end = steps
-  count, rest = divmod(end - begin, size)
-  start = lambda i: end - (i + 1) * size if down else begin + i * size
-  if count == 1:
-    carry = function(start(0), size, carry)
-  elif count:
-    carry = jax.lax.fori_loop(
-      0, count, lambda i, carry: function(start(i), size, carry), carry
-    )
-  if rest:
-    carry = function(begin if down else end - rest, rest, carry)
-  return carry
-
-
-def _effective(decay, reset, skip, kept=1):
-  """Returns decays as resets make them, and `kept` where steps are skipped."""
-  if reset is not None:
-    decay = jnp.where(reset, 0, decay)
-  return decay if skip is None else jnp.where(skip, kept, decay)
-
-
-def _before(plan, initial, states):
-  """Returns the state before each step."""
-  return _shifted(plan.down, states, initial[:, None])
-
-
-def _shifted(down, x, edge):
-  """Moves all steps by one, away from where steps begin; puts `edge` there."""
-  parts = (x[:, 1:], edge) if down else (edge, x[:, :-1])
-  return jnp.concatenate(parts, axis=1)
-
-
-def _edge(down, states):
-  """Returns the state that comes last."""
-  return states[:, 0 if down else -1]
-
-
-def _cut(tree, start, size):
-  """Returns steps of arrays; those with the same for all steps stay."""
-  return jax.tree.map(
-    lambda x: x
-    if x.shape[1] == 1
-    else jax.lax.dynamic_slice_in_dim(x, start, size, axis=1),
-    tree,
-  )
-
-
-def _put(whole, part, start):
-  return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=1)
-
-
-def _add(total, product, start):
-  """Adds up the gradient of decays in the shape that they have."""
-  if not jnp.iscomplexobj(total):
-    product = product.real
-  axes = [
-    i
-    for i, (n, m) in enumerate(zip(total.shape, product.shape, strict=True))
-    if n == 1 and m > 1
-  ]
-  product = product.sum(axes, keepdims=True)
-  if total.shape[1] == 1:
-    return total + product
-  return _put(total, product, start)
 
 
 def _for_platform(plan, function, *arrays):
@@ -370,15 +276,13 @@ def _for_platform(plan, function, *arrays):
 
   def by(platform):
     method = fastest_method(platform)
-    size = _size(method, plan.size, arrays[2].shape[1])
-    return functools.partial(function, _Plan(method, size, plan.down))
+    size = 1 if method == 'sequential' else plan.size
+    return functools.partial(function, plan._replace(method=method, size=size))
 
-  return jax.lax.platform_dependent(
-    *arrays, cpu=by('cpu'), cuda=by('cuda'), tpu=by('tpu'), default=by('cpu')
-  )
+  return jax.lax.platform_dependent(*arrays, cpu=by('cpu'), default=by('tpu'))
 
 
-def _varying_alike(*arrays):
+def _varying_alike(arrays):
   """Lets arrays vary over the same axes of a mesh, within `jax.shard_map`."""
   varying = lambda x: jax.typeof(x).manual_axis_type.varying
   axes = frozenset().union(*map(varying, jax.tree.leaves(arrays)))
@@ -387,12 +291,7 @@ def _varying_alike(*arrays):
   )
 
 
-def _real(dtype):
-  """Returns the dtype of real parts."""
-  return jnp.finfo(dtype).dtype
-
-
-def _plan(method, chunk, length, reverse):
+def _plan(method, chunk, length, reverse, axis):
   """Returns how to go through so many steps."""
   if method not in get_args(LinearMethod):
     near = difflib.get_close_matches(str(method), get_args(LinearMethod), 1, 0)
@@ -408,18 +307,13 @@ def _plan(method, chunk, length, reverse):
       "ask for 'chunked'."
     )
   if length == 1:
-    return _Plan('sequential', 1, reverse)
-  return _Plan(method, _size(method, chunk, length), reverse)
-
-
-def _size(method, chunk, length):
-  """Returns how many steps a method takes at once."""
-  match method:
-    case 'sequential':
-      return 1
-    case 'associative':
-      return length
-  return min(chunk or CHUNK, length)
+    return steps.Plan('sequential', 1, reverse, axis)
+  size = {
+    'sequential': 1,
+    'pallas': 1,
+    'associative': length,
+  }.get(method, min(chunk or CHUNK, length))
+  return steps.Plan(method, size, reverse, axis)
 
 
 def _check(decay, input, initial, reset, skip):
