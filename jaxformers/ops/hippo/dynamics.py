@@ -251,8 +251,7 @@ class ConstantDynamics:
   def within(self, chunk: Chunk, u_BCD: Array) -> Array:
     """Returns what the samples of a chunk add to its states, `[B, C, S, D]`."""
     count_BC = jnp.cumsum(chunk.is_token_BC, axis=1)
-    powers, kernel_CS = self._powers(count_BC.shape[1])
-    del powers
+    _, kernel_CS = self._powers(count_BC.shape[1])
     lag_BCM = jnp.maximum(count_BC[:, :, None] - count_BC[:, None], 0)
     weights = jnp.asarray(kernel_CS, u_BCD.dtype)[lag_BCM]
     weights = jnp.where(chunk.sees_BCM[..., None], weights, 0)

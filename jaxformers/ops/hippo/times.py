@@ -74,7 +74,8 @@ def find_times(
     times_BL = elapsed_B[:, None] + jnp.arange(1, length + 1)
   elif times_BL is None:
     times_BL = places.position_BL + 1
-  times_BL = times_BL.astype(elapsed_B.dtype)
+  dtype = jnp.result_type(elapsed_B, times_BL)
+  elapsed_B, times_BL = elapsed_B.astype(dtype), times_BL.astype(dtype)
   # At padding the time of the last sample: its place is the largest so far.
   place_BL = jnp.where(is_token_BL, jnp.arange(1, length + 1), 0)
   place_BL = jax.lax.cummax(place_BL, axis=1)

@@ -104,7 +104,8 @@ def test_samples_of_any_duration_are_as_if_repeated(method):
     for b in range(B)
   ]
   with jax.enable_x64(True):
-    last = run(u, ExactLegS(S), times=times / 7.0, method=method, chunk=3).last
+    options = {'times': times / 7.0, 'method': method, 'chunk': 3}
+    last = run(u, ExactLegS(S), **options).last
     near(last.x_BSD, expected)
     near(last.elapsed_B, times[:, -1] / 7)
     # Without times, and cut where rows have seen different numbers of samples.
@@ -368,3 +369,14 @@ def test_dynamics_that_do_not_exist_are_refused():
   with pytest.raises(ValueError, match='at least one state'):
     ExactLegS(0)
   assert isinstance(dynamics_of(LegT(), 2), ConstantDynamics)
+
+
+def test_times_may_follow_a_state_that_counted_samples():
+  half = np.array([[2.5, 3.0]])
+  first = projected(U[0, :2], S)[None]
+  state = MemoryState(jnp.asarray(first, jnp.float32), jnp.array([2]))
+  u = U[:1, 2:4].astype(np.float32)
+  last = run(u, ExactLegS(S), state, times=half).last
+  expected = projected(U[0, [0, 0, 1, 1, 2, 3]], S)
+  near(last.x_BSD[0], expected, 1e-5)
+  near(last.elapsed_B, [3.0])

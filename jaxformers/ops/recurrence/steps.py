@@ -1,0 +1,286 @@
+"""How the elementwise linear recurrence goes through its steps.
+
+Arrays are `[B, L, ...]`; axes of decays and flags may have size 1.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from jaxformers.ops.recurrence import tpu
+
+
+class Plan(NamedTuple):
+  """How to go through the steps.
+
+  Attributes:
+    method: one that `linear_recurrence` offers, but `'auto'`.
+    size: steps at once.
+    down: whether from the end.
+    axis: of the mesh along which steps are split, if they are.
+  """
+
+  method: str
+  size: int
+  down: bool
+  axis: str | None = None
+
+
+class Decay(NamedTuple):
+  """What the state is multiplied by at each step.
+
+  Attributes:
+    value: a.
+    reset: where 0 stands for it; None for nowhere.
+    skip: where 1 stands for it, whatever the others say; None for nowhere.
+  """
+
+  value: Array
+  reset: Array | None
+  skip: Array | None
+
+  def effective(self) -> Array:
+    """Returns what is multiplied by."""
+    return self.select(self.value, 1)
+
+  def select(self, x: Array, skipped: float = 0) -> Array:
+    """Returns x, but 0 at resets, and `skipped` where steps are skipped."""
+    if self.reset is not None:
+      x = jnp.where(self.reset, 0, x)
+    return x if self.skip is None else jnp.where(self.skip, skipped, x)
+
+  def cut(self, start: Array | int, size: int) -> 'Decay':
+    """Returns it for some steps; what is the same for all steps stays."""
+    part = lambda x: x if x.shape[1] == 1 else _cut(x, start, size)
+    return jax.tree.map(part, self)
+
+
+def forwards(
+  plan: Plan, decay: Decay, initial: Array, input: Array
+) -> tuple[Array, Array]:
+  """Goes through the steps; returns states and last state."""
+  run = functools.partial(_forwards, plan, decay, input)
+  if plan.axis is None:
+    return run(initial)
+  first = jnp.where(_is_first(plan), initial, 0)
+  return _over_devices(plan, decay, input.shape[1], run, first)
+
+
+def backwards(
+  plan: Plan,
+  decay: Decay,
+  initial: Array,
+  states: Array,
+  states_bar: Array,
+  last_bar: Array,
+) -> tuple[Array, Array, Array]:
+  """Goes through the steps in the other direction, with gradients.
+
+  Returns:
+    Those of decay, input and initial state.
+  """
+  if plan.axis is None:
+    run = functools.partial(_backwards, plan, decay, initial, states)
+    return run(states_bar, last_bar)
+  initial = _entry(plan, initial, states)
+  run = functools.partial(_backwards, plan, decay, initial, states, states_bar)
+  opposite = plan._replace(down=not plan.down)
+  *bars, initial_bar = _over_devices(
+    opposite, decay, states.shape[1], run, last_bar
+  )
+  return *bars, jnp.where(_is_first(plan), initial_bar, 0)
+
+
+def before(plan: Plan, initial: Array, states: Array) -> Array:
+  """Returns the state before each step."""
+  return _shifted(plan.down, states, _entry(plan, initial, states)[:, None])
+
+
+def edge(down: bool, states: Array) -> Array:
+  """Returns the state that comes last."""
+  return states[:, 0 if down else -1]
+
+
+def _forwards(plan, decay, input, initial):
+  if plan.method == 'pallas':
+    return _on_tpu(decay.effective(), initial, input, down=plan.down)
+
+  def block(start, size, carry):
+    state, states = carry
+    decays = decay.cut(start, size).effective()
+    inputs = _cut(input, start, size).astype(state.dtype)
+    if size == 1:
+      block = decays * state[:, None] + inputs
+    else:
+      block = _prefixes(plan.down, decays, inputs, state)
+    return edge(plan.down, block), _put(states, block, start)
+
+  # Not in place of the inputs, where XLA might copy the whole at each step.
+  carry = initial, jnp.zeros_like(input, initial.dtype)
+  steps = 0, input.shape[1]
+  last, states = _in_blocks(plan.size, plan.down, block, steps, carry)
+  return states, last
+
+
+def _backwards(plan, decay, initial, states, states_bar, last_bar):
+  up = not plan.down
+  if plan.method == 'pallas':
+    arrays = decay.effective(), last_bar, states_bar
+    bars, carry = _on_tpu(*arrays, down=up, decay_after=True)
+    product = bars * _shifted(plan.down, states, initial[:, None])
+    total = _add(jnp.zeros_like(decay.value), decay.select(product), 0)
+    return total, bars, carry
+
+  def block(start, size, carry, before):
+    state_bar, bars, total = carry
+    decays = decay.cut(start, size)
+    effective = decays.effective()
+    inputs = _cut(states_bar, start, size)
+    if size == 1:
+      block = state_bar[:, None] + inputs
+    else:
+      later = _each_step(effective, size)
+      later = _shifted(up, later, jnp.ones_like(later[:, :1]))
+      block = _prefixes(up, later, inputs, state_bar)
+    total = _add(total, decays.select(block * before), start)
+    state_bar = edge(up, effective * block)
+    return state_bar, _put(bars, block, start), total
+
+  def inner(start, size, carry):
+    earlier = start - 1 if up else start + 1
+    return block(start, size, carry, _cut(states, earlier, size))
+
+  length = states.shape[1]
+  carry = last_bar, jnp.zeros_like(states_bar), jnp.zeros_like(decay.value)
+  # The step that came first has the initial state before it, all others have
+  # states that are shifted by one.
+  first = 0 if up else length - 1
+  others = (1, length) if up else (0, length - 1)
+  carry = _in_blocks(plan.size, up, inner, others, carry)
+  state_bar, bars, total = block(first, 1, carry, initial[:, None])
+  return total, bars, state_bar
+
+
+def _over_devices(plan, decay, length, run, start):
+  """Runs steps that are split over devices.
+
+  What enters each device follows from what the devices before it make of what
+  enters them: a number to multiply by and one to add. These are small, so every
+  device gathers them from all. Then each runs its own steps again.
+
+  Args:
+    plan: with the direction to go.
+    decay: of this device.
+    length: number of steps of each device.
+    run: runs the steps of this device from a state; the last of its results is
+      what enters the next device.
+    start: what enters this device, besides what others send.
+
+  Returns:
+    What `run` does.
+  """
+  factor = decay.effective()
+  if factor.shape[1] == 1:
+    factor = factor**length
+  else:
+    factor = jnp.prod(factor, axis=1, keepdims=True)
+  end = run(start)[-1][:, None]
+  gather = functools.partial(
+    jax.lax.all_gather, axis_name=plan.axis, axis=1, tiled=True
+  )
+  across = Plan('sequential', 1, plan.down)
+  factors = Decay(gather(factor), None, None)
+  enters, _ = _forwards(across, factors, gather(end), jnp.zeros_like(start))
+  enters = _shifted(plan.down, enters, jnp.zeros_like(enters[:, :1]))
+  index = jax.lax.axis_index(plan.axis)
+  return run(start + _cut(enters, index, 1)[:, 0])
+
+
+def _is_first(plan):
+  """Returns whether this device has the step that comes first."""
+  last = jax.lax.axis_size(plan.axis) - 1
+  return jax.lax.axis_index(plan.axis) == (last if plan.down else 0)
+
+
+def _entry(plan, initial, states):
+  """Returns the state before the first step of this device."""
+  if plan.axis is None:
+    return initial
+  devices = range(jax.lax.axis_size(plan.axis))
+  pairs = list(zip(devices[:-1], devices[1:], strict=True))
+  if plan.down:
+    pairs = [pair[::-1] for pair in pairs]
+  sent = jax.lax.ppermute(edge(plan.down, states), plan.axis, pairs)
+  return jnp.where(_is_first(plan), initial, sent)
+
+
+def _on_tpu(*arrays, **options):
+  """Runs the kernel, or what it would do where there is no TPU."""
+  run = functools.partial(tpu.run_steps, **options)
+  return jax.lax.platform_dependent(
+    *arrays, tpu=run, default=functools.partial(run, interpret=True)
+  )
+
+
+def _prefixes(down, decays, inputs, state):
+  """Returns the states of a block by a tree."""
+
+  def combine(earlier, later):
+    decay, state = earlier
+    later_decay, later_state = later
+    return later_decay * decay, later_decay * state + later_state
+
+  pairs = _each_step(decays, inputs.shape[1]), inputs
+  decays, states = jax.lax.associative_scan(combine, pairs, down, axis=1)
+  return decays * state[:, None] + states
+
+
+def _each_step(decays, size):
+  """Copies decays that are the same for all steps to each."""
+  shape = decays.shape[0], size, *decays.shape[2:]
+  return jnp.broadcast_to(decays, shape)
+
+
+def _in_blocks(size, down, function, steps, carry):
+  """Runs `function(start, size, carry)` over blocks of steps."""
+  begin, end = steps
+  count, rest = divmod(end - begin, size)
+  start = lambda i: end - (i + 1) * size if down else begin + i * size
+  if count == 1:
+    carry = function(start(0), size, carry)
+  elif count:
+    carry = jax.lax.fori_loop(
+      0, count, lambda i, carry: function(start(i), size, carry), carry
+    )
+  if rest:
+    carry = function(begin if down else end - rest, rest, carry)
+  return carry
+
+
+def _shifted(down, x, edge):
+  """Moves all steps by one, away from where steps begin; puts `edge` there."""
+  parts = (x[:, 1:], edge) if down else (edge, x[:, :-1])
+  return jnp.concatenate(parts, axis=1)
+
+
+def _cut(x, start, size):
+  return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+
+
+def _put(whole, part, start):
+  return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=1)
+
+
+def _add(total, product, start):
+  """Adds up the gradient of decays in the shape that they have."""
+  if not jnp.iscomplexobj(total):
+    product = product.real
+  pairs = enumerate(zip(total.shape, product.shape, strict=True))
+  axes = [i for i, (n, m) in pairs if n == 1 and m > 1]
+  product = product.sum(axes, keepdims=True)
+  if total.shape[1] == 1:
+    return total + product
+  return _put(total, product, start)
