@@ -35,4 +35,3 @@ from jaxformers.ops.recurrence.wkv import WKVMethod
 from jaxformers.ops.recurrence.wkv import WKVState
 from jaxformers.ops.recurrence.wkv import wkv
 from jaxformers.ops.recurrence.wkv import wkv_state
-from jaxformers.ops.recurrence.stepwise import step_through
