@@ -91,7 +91,7 @@ class StateSpaceText(Study):
     'Su Jianlin, 2023, kexue.fm/archives/9554; Gu and Dao, "Mamba", 2023, arXiv '
     '2312.00752; Dao and Gu, "Transformers are SSMs", 2024, arXiv 2405.21060'
   )
-  seeds: tuple[int, ...] = (0, 1)
+  seeds: tuple[int, ...] = (0,)
   models: tuple[str, ...] = MODELS
   data: TextData = TextData(length=256)
   width: int = 128
