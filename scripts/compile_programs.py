@@ -30,7 +30,18 @@ MIXERS = {
     'Attention(num_heads=4, num_kv_heads=2, implementation="blockwise")'
   ),
   'linear_attention': 'LinearAttention(num_heads=4)',
+  'griffin': 'RecurrentBlock(recurrence=RGLRU(num_heads=4))',
+  'hippo_memory': 'HippoMemory(size=16)',
+  'lru': 'LRU(state_size=64)',
+  'mamba': 'Mamba()',
+  'mamba2': 'Mamba2(head_dim=32, state_size=32)',
   'retention': 'Retention(num_heads=4)',
+  'rtf': 'RTF(length=256, state_size=16)',
+  'rwkv4': 'RWKV4()',
+  'rwkv6': 'RWKV6(num_heads=4)',
+  's4': 'S4(length=256, state_size=16)',
+  's4d': 'S4D(state_size=16)',
+  's5': 'S5(state_size=64)',
 }
 
 
