@@ -233,9 +233,13 @@ def _prefixes(down, decays, inputs, state):
     later_decay, later_state = later
     return later_decay * decay, later_decay * state + later_state
 
-  pairs = _each_step(decays, inputs.shape[1]), inputs
-  decays, states = jax.lax.associative_scan(combine, pairs, down, axis=1)
-  return decays * state[:, None] + states
+  # The first step takes the state in, so that products of all decays so far
+  # need not be known at each step.
+  decays = _each_step(decays, inputs.shape[1])
+  first = inputs.shape[1] - 1 if down else 0
+  entered = decays[:, first] * state + inputs[:, first]
+  inputs = _put(inputs, entered[:, None], first)
+  return jax.lax.associative_scan(combine, (decays, inputs), down, axis=1)[1]
 
 
 def _each_step(decays, size):

@@ -1,0 +1,69 @@
+"""The kernel for TPUs, compiled by their compiler where that is installed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import functools, jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jaxformers.ops import linear_recurrence, sharded_linear_recurrence
+
+topology = topologies.get_topology_desc(
+  topology_name='v5e:2x2', platform='tpu', num_slices=1
+)
+mesh = topologies.make_mesh(topology, (4,), ('x',))
+
+def compiled(run, spec, *arrays):
+  sharding = NamedSharding(mesh, spec)
+  shapes = [jax.ShapeDtypeStruct(*x, sharding=sharding) for x in arrays]
+  loss = lambda *x: jnp.sum(run(*x).real ** 2)
+  gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+  return gradient.lower(*shapes).compile().as_text()
+
+def local(spec):
+  run = lambda *x: linear_recurrence(*x, method='pallas').states
+  return jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)
+
+rows = P('x')
+for arrays in (
+  (((4, 1024, 256), jnp.float32), ((4, 1024, 256), jnp.float32)),
+  (((4, 1, 256), jnp.float32), ((4, 1000, 256), jnp.bfloat16)),
+  (((4, 1, 40), jnp.complex64), ((4, 30, 40), jnp.complex64)),
+):
+  assert compiled(local(rows), rows, *arrays).count('tpu_custom_call') == 2
+
+steps = P(None, 'x')
+split = jax.shard_map(
+  lambda *x: sharded_linear_recurrence(
+    *x, axis_name='x', method='pallas'
+  ).states,
+  mesh=mesh, in_specs=steps, out_specs=steps,
+)
+both = ((2, 1024, 256), jnp.float32)
+assert compiled(split, steps, both, both).count('tpu_custom_call') == 4
+print('compiled')
+"""
+
+
+def test_the_kernel_compiles_for_tpus_forwards_and_backwards():
+  pytest.importorskip('libtpu')
+  environment = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'TPU_SKIP_MDS_QUERY': '1',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+    'TPU_WORKER_ID': '0',
+  }
+  process = subprocess.run(
+    [sys.executable, '-c', PROGRAM],
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert process.stdout.endswith('compiled\n'), process.stderr
