@@ -32,9 +32,7 @@ from jaxformers.train import MeshShape
 def experiment() -> Experiment:
   """Returns the experiment."""
   block = Block(
-    mixer=Attention(
-      num_heads=32, num_kv_heads=8, position=Rotary(base=5e5)
-    ),
+    mixer=Attention(num_heads=32, num_kv_heads=8, position=Rotary(base=5e5)),
     feedforward=GatedFeedForward(hidden=14336),
   )
   return Experiment(
