@@ -99,7 +99,7 @@ def wait(processes: Sequence[subprocess.Popen]) -> list[int]:
     Their statuses, those that had to be killed left out.
   """
   deadline = None
-  while any(process.poll() is None for process in processes):
+  while None in [process.poll() for process in processes]:
     failed = [i for i, p in enumerate(processes) if p.returncode]
     if failed and deadline is None:
       deadline = time.monotonic() + PATIENCE_SECONDS
