@@ -34,9 +34,11 @@ first steps:
   jaxformers compile experiments/lm.py --topology v5e:2x2
 
 exit status:
-  0  done, or saved and left after SIGTERM (the same command resumes)
+  0  done, or saved and left after SIGTERM (the same command resumes; for
+     launchers, `train --left-status 75` tells this from done)
   1  the run failed, such as by a loss that is not finite
   2  bad input; the message says what to change
+  75 another process of the run was lost; start all of them again
 """
 
 
@@ -146,7 +148,7 @@ def _add(commands: Any, name: str, module: Any) -> None:
   module.configure(command)
   # Without a default: else the command would overwrite the root's value.
   _add_traceback(command, default=argparse.SUPPRESS)
-  run: Callable[[argparse.Namespace], None] = module.run
+  run: Callable[[argparse.Namespace], int | None] = module.run
   command.set_defaults(run=run)
 
 

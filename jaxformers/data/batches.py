@@ -1,6 +1,6 @@
 """Batches as pure functions of (seed, step)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import itertools
 from typing import Any
 
@@ -23,33 +23,32 @@ def batches(
   batch_size: int,
   seed: int,
   first_step: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
+  part: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
   """Yields the batches of step `first_step`, `first_step` + 1, ... for ever.
 
   The global batch of step n is rows n B to (n + 1) B - 1 of the endless
   sequence that visits all rows in a new order every epoch. It depends on
   nothing but the seed and n, so a run resumes exactly by saying where, on any
-  number of processes. Threads read ahead.
+  number of processes, each of which reads what its devices need. Threads read
+  ahead.
 
   Args:
     rows: Rows to learn from.
-    batch_size: B, rows per step over all processes.
+    batch_size: B, rows per step over all readers.
     seed: In [0, 2^32).
     first_step: Where to start.
-    process_index: Which contiguous part of each batch to yield.
-    process_count: Into how many parts batches are cut.
+    part: Which rows of each batch to read, as numbers in [0, B); None for all.
 
   Returns:
-    Iterator over dicts of arrays [B / process_count, ...].
+    Iterator over dicts of arrays [rows of the part, ...].
 
   Raises:
     ValueError: If the sizes do not fit, or there are no rows.
   """
   import grain
 
-  part = _part(batch_size, process_index, process_count)
+  part = _part(batch_size, part)
   shuffled = _shuffled(rows, seed)
   if first_step < 0:
     raise ValueError(f'first_step must be at least 0, got {first_step}.')
@@ -67,26 +66,24 @@ def batch_at(
   *,
   batch_size: int,
   seed: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  part: Sequence[int] | None = None,
 ) -> Batch:
   """Returns the batch that `batches` yields at one step.
 
   Args:
     rows: Rows to learn from.
     step: At least 0.
-    batch_size: Rows per step over all processes.
+    batch_size: Rows per step over all readers.
     seed: In [0, 2^32).
-    process_index: Which contiguous part of the batch to return.
-    process_count: Into how many parts batches are cut.
+    part: Which rows of the batch to read; None for all.
 
   Returns:
-    Dict of arrays [batch_size / process_count, ...].
+    Dict of arrays [rows of the part, ...].
 
   Raises:
     ValueError: If the sizes do not fit, or there are no rows.
   """
-  part = _part(batch_size, process_index, process_count)
+  part = _part(batch_size, part)
   shuffled = _shuffled(rows, seed)
   if step < 0:
     raise ValueError(f'step must be at least 0, got {step}.')
@@ -98,8 +95,7 @@ def heldout_batches(
   batch_size: int,
   limit: int | None = None,
   *,
-  process_index: int = 0,
-  process_count: int = 1,
+  part: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
   """Yields all rows once, in order.
 
@@ -107,18 +103,17 @@ def heldout_batches(
 
   Args:
     rows: Rows to be measured on.
-    batch_size: Rows per step over all processes.
+    batch_size: Rows per step over all readers.
     limit: At most so many batches; all if None.
-    process_index: Which contiguous part of each batch to yield.
-    process_count: Into how many parts batches are cut.
+    part: Which rows of each batch to read; None for all.
 
   Returns:
-    Iterator over dicts of arrays [batch_size / process_count, ...].
+    Iterator over dicts of arrays [rows of the part, ...].
 
   Raises:
     ValueError: If the sizes do not fit, or there are no rows.
   """
-  part = _part(batch_size, process_index, process_count)
+  part = _part(batch_size, part)
   _check_rows(rows)
   if limit is not None and limit < 1:
     raise ValueError(
@@ -132,22 +127,17 @@ def heldout_batches(
   )
 
 
-def _part(batch_size: int, process_index: int, process_count: int) -> range:
-  """Returns this process's places within the global batch."""
+def _part(batch_size: int, part: Sequence[int] | None) -> Sequence[int]:
+  """Returns the places within the global batch that are asked for."""
   if batch_size < 1:
     raise ValueError(f'batch_size must be at least 1, got {batch_size}.')
-  if not 0 <= process_index < process_count:
+  if part is None:
+    return range(batch_size)
+  if not part or min(part) < 0 or max(part) >= batch_size:
     raise ValueError(
-      'process_index must lie in [0, process_count), got '
-      f'{process_index} of {process_count}.'
+      f'part must name rows in [0, {batch_size}), got {list(part)}.'
     )
-  if batch_size % process_count:
-    raise ValueError(
-      f'batch_size {batch_size} is not divisible by the {process_count} '
-      f'processes; use {-(-batch_size // process_count) * process_count}.'
-    )
-  size = batch_size // process_count
-  return range(process_index * size, (process_index + 1) * size)
+  return part
 
 
 def _check_rows(rows: RowSource) -> None:
@@ -165,7 +155,7 @@ def _shuffled(rows: RowSource, seed: int) -> Any:
   return grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
 
 
-def _take(dataset: Any, start: int, part: range) -> Batch:
+def _take(dataset: Any, start: int, part: Sequence[int]) -> Batch:
   return _stack([dataset[start + i] for i in part])
 
 

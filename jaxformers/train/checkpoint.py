@@ -18,10 +18,11 @@ import shutil
 from typing import Any, Literal, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
-import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxformers.train.distributed import call_first
+from jaxformers.train.distributed import tell_all
+from jaxformers.train.distributed import wait_for_all
 from jaxformers.train.errors import RunFailed
 from jaxformers.train.seal import find_damage
 from jaxformers.train.seal import write_seal
@@ -104,7 +105,8 @@ class Checkpoints:
     keep_best: how many with the lowest held-out loss to keep.
     read_only: for looking at a run that may still be training: nothing is
       created, cleaned up or moved.
-    report: told about every checkpoint that had to be stepped over.
+    report: told about every checkpoint that had to be stepped over; on process
+      0 only.
 
   Raises:
     RunFailed: the directory cannot be made.
@@ -126,7 +128,7 @@ class Checkpoints:
         f' {keep_latest} and {keep_best}.'
       )
     self._quiet = _Quiet()
-    self._report = report
+    self._report = report if jax.process_index() == 0 else _silent
     self._read_only = read_only
     self._losses: dict[int, float] = {}
     self._saving: int | None = None
@@ -188,18 +190,6 @@ class Checkpoints:
     """The step with the lowest held-out loss; None if no loss is finite."""
     evaluated = [step for step in self.steps() if step in self._losses]
     return min(evaluated, key=self._losses.get, default=None)
-
-  def reached_preemption(self, step: int) -> bool:
-    """Returns whether all processes agree to stop at `step`, after a SIGTERM.
-
-    Args:
-      step: the number of the step that every process is at.
-
-    Returns:
-      True on every process at the same step. Always False if
-      `jax.distributed.initialize` was not called.
-    """
-    return self._manager.reached_preemption(step)
 
   def save(
     self,
@@ -320,7 +310,8 @@ class Checkpoints:
     self.wait()
     self._manager.reload()
     broken = {}
-    for step in self._candidates(which):
+    # Processes may see the directory at different times, and must agree.
+    for step in tell_all(self._candidates(which)):
       if damage := self._damage(step):
         broken[step] = damage
         self._report(f'The checkpoint of step {step} is damaged: {damage}.')
@@ -352,15 +343,9 @@ class Checkpoints:
     return [which]
 
   def _damage(self, step: int) -> str | None:
-    """Says what is wrong with a checkpoint; all processes get one verdict."""
+    """Says what is wrong with a checkpoint; process 0 looks, for all."""
     folder = self._directory / str(step)
-    if jax.process_count() == 1:
-      return find_damage(folder)
-    damage = find_damage(folder) if jax.process_index() == 0 else None
-    is_damaged = np.int32(damage is not None)
-    if not multihost_utils.broadcast_one_to_all(is_damaged):
-      return None
-    return damage or 'see the output of process 0'
+    return call_first(lambda: find_damage(folder))
 
   def _read(self, step: int, abstract_state: Any) -> Restored:
     """Reads an undamaged checkpoint."""
@@ -427,8 +412,7 @@ class Checkpoints:
         self._report(
           f'Moved the damaged checkpoint of step {step} to {target}.'
         )
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices('checkpoints set aside')
+    wait_for_all()
     for step in steps:
       self._losses.pop(step, None)
     self._manager.reload()
@@ -456,6 +440,10 @@ def _unused(path: Any) -> Any:
     count += 1
     candidate = path.with_name(f'{path.name}-{count}')
   return candidate
+
+
+def _silent(text: str) -> None:
+  del text
 
 
 def _cause(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import os
 import pathlib
 import platform
 import socket
+import time
 from typing import Any, ClassVar
 import warnings
 
@@ -31,11 +32,13 @@ class Directory(abc.ABC):
   Attributes:
     kind: What lies here, in one word.
     content: What the configuration is called; names the file that holds it.
+    adaptable: Settings that may differ from those recorded.
     path: The directory; a string is accepted.
   """
 
   kind: ClassVar[str]
   content: ClassVar[str]
+  adaptable: ClassVar[frozenset[str]] = frozenset()
   path: pathlib.Path
 
   def __post_init__(self):
@@ -103,6 +106,36 @@ class Directory(abc.ABC):
       if not self.exists:
         self._write(record, device)
 
+  def holder(self) -> str:
+    """Returns what the process that holds the lock wrote about itself."""
+    return (self.path / _LOCK).read_text('utf-8')
+
+  def check_shared(self, holder: str, seconds: float = 60) -> None:
+    """Checks that this process sees what process 0 writes.
+
+    Args:
+      holder: What `holder` returned there.
+      seconds: How long to try: network file systems show changes late.
+
+    Raises:
+      ValueError: If it does not.
+    """
+    end = time.monotonic() + seconds
+    while not self._is_held_by(holder):
+      if time.monotonic() > end:
+        raise ValueError(
+          f'{self.path} on {socket.gethostname()} is not the directory that '
+          f'process 0 ({holder.strip()}) writes to; all processes need the '
+          'same one: choose a --workdir on a file system that they share.'
+        )
+      time.sleep(0.2)
+
+  def _is_held_by(self, holder: str) -> bool:
+    try:
+      return self.holder() == holder
+    except FileNotFoundError:
+      return False
+
   def load(self) -> Any:
     """Reads the configuration.
 
@@ -124,8 +157,11 @@ class Directory(abc.ABC):
       ) from error
 
   def _check_same(self, record: Any) -> None:
-    lines = records.differences(self.load(), record)
-    if lines:
+    old, new = (
+      {k: v for k, v in x.items() if k not in self.adaptable}
+      for x in (self.load(), record)
+    )
+    if lines := records.differences(old, new):
       listed = '\n  '.join(lines)
       raise ValueError(
         f'{self.path} holds a {self.kind} with other settings:\n  {listed}\n'
@@ -226,7 +262,6 @@ def _lock(descriptor: int, path: pathlib.Path) -> None:
       'that only one trainer writes there.',
       stacklevel=4,
     )
-    return
   os.ftruncate(descriptor, 0)
   os.pwrite(
     descriptor, f'pid {os.getpid()} on {socket.gethostname()}\n'.encode(), 0

@@ -7,3 +7,11 @@ class RunFailed(Exception):
   The command line prints the message and leaves with status 1; whatever was
   saved before stays usable.
   """
+
+
+class ProcessLost(RunFailed):
+  """Stops a process that lost another; all should be started again."""
+
+
+class FailedTogether(RunFailed):
+  """Stops a process because another failed; process 0 says why."""

@@ -1,6 +1,7 @@
 """The training loop, to be read from top to bottom."""
 
 from collections.abc import Callable
+import contextlib
 import math
 import os
 import pathlib
@@ -11,6 +12,12 @@ import jax
 from jaxformers.data import batches
 from jaxformers.train import record as records
 from jaxformers.train.checkpoint import Checkpoints
+from jaxformers.train.directory import versions
+from jaxformers.train.distributed import agreement
+from jaxformers.train.distributed import check_same
+from jaxformers.train.distributed import explained
+from jaxformers.train.distributed import tell_all
+from jaxformers.train.distributed import wait_for_all
 from jaxformers.train.errors import RunFailed
 from jaxformers.train.evaluation import evaluate
 from jaxformers.train.experiment import Experiment
@@ -22,6 +29,7 @@ from jaxformers.train.frozen import without_frozen
 from jaxformers.train.interrupt import Interrupt
 from jaxformers.train.metrics import MetricsLog
 from jaxformers.train.metrics import read_metrics
+from jaxformers.train.profile import Profile
 from jaxformers.train.program import Program
 from jaxformers.train.program import abstract_batch
 from jaxformers.train.program import build
@@ -35,17 +43,24 @@ from jaxformers.train.step import Metrics
 
 
 def train(
-  experiment: Experiment, workdir: str | os.PathLike[str]
+  experiment: Experiment,
+  workdir: str | os.PathLike[str],
+  *,
+  profile_steps: int = 0,
 ) -> TrainState | None:
   """Runs an experiment in a directory, or goes on where it stopped.
 
   After kill -9 the same call goes on from the newest readable checkpoint, and
   from there `metrics.jsonl` gets the bits that it would have got.
 
+  Where `jax.distributed` was started, all processes call this.
+
   Args:
     experiment: the run.
     workdir: holds the run; made if missing. One that holds the same experiment
-      is resumed, one that holds anything else is refused.
+      is resumed, on any number of devices and processes and with another mesh
+      if need be; one that holds anything else is refused.
+    profile_steps: how many steps to record for xprof in `profile/`.
 
   Returns:
     The final state, or None if a signal asked to leave before the end.
@@ -56,15 +71,25 @@ def train(
   """
   directory = RunDirectory(pathlib.Path(workdir))
   process = jax.process_index()
+  say = print if process == 0 else _silent
   # Everything that can be wrong with the experiment, before a file is made.
   record = records.to_record(experiment)
-  program = build(experiment, experiment.data.prepare())
-  base = None if directory.exists else starting_variables(program)
-  with directory.locked(process):
-    directory.prepare(
-      record, device=jax.devices()[0].device_kind, process=process
-    )
-    say = print if process == 0 else _silent
+  check_same('settings', list(records.tree(record)))
+  check_same('versions', _lines(versions()))
+  with agreement():
+    program = build(experiment, experiment.data.prepare())
+  check_same('data', _lines(program.prepared.facts))
+  is_new = tell_all(not directory.exists)
+  base = starting_variables(program) if is_new else None
+  with explained(), contextlib.ExitStack() as stack:
+    with agreement():
+      stack.enter_context(directory.locked(process))
+      directory.prepare(
+        record, device=jax.devices()[0].device_kind, process=process
+      )
+    holder = tell_all(directory.holder() if process == 0 else None)
+    with agreement():
+      directory.check_shared(holder)
     with (
       Checkpoints(
         directory.checkpoints,
@@ -87,28 +112,34 @@ def train(
       first = int(state.step)
       say(_opening(program, directory, first))
       if first < experiment.steps:
-        state = _run(program, directory, checkpoints, interrupt, state, record)
+        profile = Profile(
+          directory.profile, first + 1, experiment.steps, profile_steps
+        )
+        with profile:
+          state = _run(
+            program, directory, checkpoints, interrupt, state, record, profile
+          )
     if int(state.step) < experiment.steps:
       say(
         f'Left after step {int(state.step)} because of '
         f'{interrupt.requested}; the same command goes on from there.'
       )
       return None
-    if process == 0:
-      _finish(program, directory, state, say)
+    _finish(program, directory, state, say)
+    wait_for_all()
     return state
 
 
-def _run(program, directory, checkpoints, interrupt, state, record):
+def _run(program, directory, checkpoints, interrupt, state, record, profile):
   """Runs the steps that are left and returns the last state."""
   experiment, first = program.experiment, int(state.step)
+  train_step = profile(program.train_step)
   rows = batches(
     program.prepared.train,
     batch_size=experiment.batch_size,
     seed=experiment.seed,
     first_step=first,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    part=program.rows,
   )
   with (
     MetricsLog(
@@ -125,10 +156,10 @@ def _run(program, directory, checkpoints, interrupt, state, record):
       pending = None
 
     for step, batch in enumerate(program.place(rows), start=first + 1):
-      state, metrics = program.train_step(state, batch)
+      state, metrics = train_step(state, batch)
       settle()
       pending = step, metrics
-      leaving = interrupt.requested or step == experiment.steps
+      leaving = interrupt.reached(step) or step == experiment.steps
       heldout = None
       if step % experiment.evaluate_every == 0 or step == experiment.steps:
         settle()
@@ -228,7 +259,7 @@ def _opening(program: Program, directory: RunDirectory, first: int) -> str:
   lines = [
     f'{type(experiment.model).__name__}: {count:,} parameters'
     f'{f" beside {frozen:,} frozen" if frozen else ""} on '
-    f'{program.mesh.size} x {kind}',
+    f'{program.mesh.size} x {kind}{_processes()}',
     f'data: {"; ".join(filter(None, (name, corpus)))}',
     f'run:  {directory.path} (steps {first + 1} to {experiment.steps})',
   ]
@@ -237,6 +268,15 @@ def _opening(program: Program, directory: RunDirectory, first: int) -> str:
   elif first:
     lines.append(f'resuming after step {first}')
   return '\n'.join(lines)
+
+
+def _processes() -> str:
+  count = jax.process_count()
+  return f' in {count} processes' if count > 1 else ''
+
+
+def _lines(values: dict[str, Any]) -> list[str]:
+  return [f'{name}={value!r}' for name, value in values.items()]
 
 
 def _summary(step: int, heldout: dict[str, float]) -> str:
@@ -252,7 +292,11 @@ def _finish(
   say: Callable[[str], None],
 ) -> None:
   """Shows what came of a finished run: result, figure and sample."""
-  experiment = program.experiment
+  experiment, text = program.experiment, None
+  if experiment.preview is not None:  # All processes have a part of the model.
+    text = Run(experiment, state.result, int(state.step)).preview()
+  if jax.process_index() != 0:
+    return
   baselines = {}
   if experiment.baseline is not None:
     bits = experiment.baseline.bits_per_byte(experiment.data)
@@ -270,9 +314,8 @@ def _finish(
     baselines=baselines,
   )
   say(f'loss curve: {directory.figure}')
-  if experiment.preview is not None:
-    run = Run(experiment, state.result, int(state.step))
-    directory.sample.write_bytes(text := run.preview())
+  if text is not None:
+    directory.sample.write_bytes(text)
     say(f'sample:     {directory.sample}\n')
     say(text.decode('utf-8', 'replace'))
 

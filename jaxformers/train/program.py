@@ -1,7 +1,9 @@
 """An experiment made ready to run: its mesh and its compiled functions."""
 
+import bisect
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -47,15 +49,31 @@ class Program:
   train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
   evaluate_step: Callable[[TrainState, Batch], Losses]
 
+  @functools.cached_property
+  def rows(self) -> list[int]:
+    """Which rows of each batch lie on devices of this process."""
+    size = self.experiment.batch_size
+    sharding = batch_sharding(self.mesh, 1)
+    places = sharding.addressable_devices_indices_map((size,)).values()
+    return sorted({row for (at,) in places for row in range(size)[at]})
+
   def place(self, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[Batch]:
-    """Puts this process's part of each batch onto its devices."""
+    """Puts batches onto the devices; each has the `rows` of this process."""
     for batch in batches:
-      yield {
-        name: jax.make_array_from_process_local_data(
-          batch_sharding(self.mesh, array.ndim), array
-        )
-        for name, array in batch.items()
-      }
+      yield {name: self._placed(array) for name, array in batch.items()}
+
+  def _placed(self, array):
+    """Returns the global array of which this process has some rows."""
+    size = self.experiment.batch_size
+
+    def part(index):
+      wanted = range(size)[index[0]]
+      first = bisect.bisect_left(self.rows, wanted.start)
+      return array[first : first + len(wanted), *index[1:]]
+
+    return jax.make_array_from_callback(
+      (size, *array.shape[1:]), batch_sharding(self.mesh, array.ndim), part
+    )
 
   def heldout(self, limit: int | None = None) -> Iterator[Batch]:
     """Returns held-out batches on the devices; at most `limit` if given."""
@@ -64,8 +82,7 @@ class Program:
         self.prepared.heldout,
         self.experiment.batch_size,
         limit,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        part=self.rows,
       )
     )
 

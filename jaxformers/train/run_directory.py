@@ -16,6 +16,7 @@ class RunDirectory(Directory):
 
   kind = 'run'
   content = 'experiment'
+  adaptable = frozenset({'mesh'})
 
   @property
   def metrics(self) -> pathlib.Path:
@@ -36,6 +37,11 @@ class RunDirectory(Directory):
   def events(self) -> pathlib.Path:
     """Holds event files for TensorBoard."""
     return self.path / 'events'
+
+  @property
+  def profile(self) -> pathlib.Path:
+    """Holds traces for xprof."""
+    return self.path / 'profile'
 
   @property
   def figure(self) -> pathlib.Path:

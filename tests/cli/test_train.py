@@ -43,7 +43,8 @@ def file(tmp_path, monkeypatch):
 def trained(monkeypatch):
   calls = []
   monkeypatch.setattr(
-    'jaxformers.train.loop.train', lambda *given: calls.append(given)
+    'jaxformers.train.loop.train',
+    lambda *given, **options: calls.append(given),
   )
   return calls
 

@@ -99,17 +99,16 @@ def test_seeds_differ():
   assert len({str(order) for order in orders}) == 4
 
 
-def test_processes_have_contiguous_parts_of_the_global_batch():
+@pytest.mark.parametrize(
+  'parts', [[range(4), range(4, 8)], [(0, 1, 6), (2,), (3, 4, 5, 7)]]
+)
+def test_readers_of_parts_read_the_global_batch_between_them(parts):
   whole = take(6, Numbers(50), batch_size=8)
-  parts = [
-    take(6, Numbers(50), batch_size=8, process_index=p, process_count=2)
-    for p in range(2)
-  ]
+  read = [take(6, Numbers(50), batch_size=8, part=part) for part in parts]
   for step, batch in enumerate(whole):
     for key, value in batch.items():
-      halves = [part[step][key] for part in parts]
-      assert all(len(half) == 4 for half in halves)
-      np.testing.assert_array_equal(np.concatenate(halves), value)
+      for part, batches_ in zip(parts, read, strict=True):
+        np.testing.assert_array_equal(batches_[step][key], value[list(part)])
 
 
 def test_heldout_batches_are_in_order_and_padded():
@@ -125,10 +124,10 @@ def test_heldout_batches_stop_at_the_limit():
   assert numbers(heldout_batches(Numbers(4), 2, limit=9)) == [[0, 1], [2, 3]]
 
 
-def test_heldout_batches_split_over_processes():
+def test_heldout_batches_can_be_read_in_parts():
   parts = [
-    numbers(heldout_batches(Numbers(5), 4, process_index=p, process_count=2))
-    for p in range(2)
+    numbers(heldout_batches(Numbers(5), 4, part=part))
+    for part in (range(2), range(2, 4))
   ]
   assert parts == [[[0, 1], [4, 0]], [[2, 3], [0, 0]]]
 
@@ -149,10 +148,6 @@ def first_of_heldout(rows, **options):
   'read', [first_of_batches, at_step_0, first_of_heldout]
 )
 class TestBadSizes:
-  def test_batch_size_must_be_divisible_by_the_processes(self, read):
-    with pytest.raises(ValueError, match='4 is not divisible by the 3 .*use 6'):
-      read(Numbers(9), process_count=3)
-
   def test_batch_size_must_be_positive(self, read):
     with pytest.raises(
       ValueError, match='batch_size must be at least 1, got 0'
@@ -163,9 +158,10 @@ class TestBadSizes:
     with pytest.raises(ValueError, match='there are no rows'):
       read(Numbers(0))
 
-  def test_the_process_must_be_one_of_those_there_are(self, read):
-    with pytest.raises(ValueError, match='got 2 of 2'):
-      read(Numbers(9), process_index=2, process_count=2)
+  @pytest.mark.parametrize('part', [(0, 4), (-1,), ()])
+  def test_the_rows_of_a_part_must_be_those_of_a_batch(self, read, part):
+    with pytest.raises(ValueError, match=r'rows in \[0, 4\), got \['):
+      read(Numbers(9), part=part)
 
 
 @pytest.mark.parametrize('seed', [-1, 2**32])

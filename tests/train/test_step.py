@@ -82,8 +82,9 @@ def test_metrics_say_what_happened(tiny):
   'mesh',
   [
     MeshShape(fsdp=8),
-    MeshShape(data=2, fsdp=2, tensor=2),
-    MeshShape(data=4, sequence=2),
+    MeshShape(data=4, tensor=2),
+    MeshShape(data=1, sequence=8),
+    MeshShape(data=1, fsdp=2, tensor=2, sequence=2),
   ],
 )
 def test_every_mesh_takes_the_same_steps(tiny, mesh):
