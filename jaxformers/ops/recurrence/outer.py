@@ -75,7 +75,7 @@ def outer_recurrence(
     value_BLHV: what is written.
     log_decay: natural logarithm of a, at most 0: one per head `[H]` or per
       channel `[H, K]` if it is constant, or one per step and head `[B, L, H]` or
-      channel `[B, L, H, K]`, whose axes B and H may have size 1. None for 0.
+      channel `[B, L, H, K]`, whose axes may have size 1. None for 0.
       With -inf a step forgets all before it, and reads nothing of it even if it
       reads before it writes: as the first token of a packed document must. A
       step with key 0 and a logarithm of 0 leaves the state alone, as padding

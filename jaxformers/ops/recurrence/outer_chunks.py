@@ -1,11 +1,14 @@
 """How a recurrence with a matrix for a state goes through its steps.
 
-Everything here is `[B, H, C, ...]` for each chunk of C steps. Queries and keys
-may have G heads for H heads of values; decays one number per head, or one per
-channel of its keys, and may be the same for the whole batch.
+Everything within a chunk of C steps is `[B, H, C, ...]`. Queries and keys may
+have G heads for H heads of values; decays are one number per head, or one per
+channel of its keys, and may be the same for all rows or heads.
+
+Each way through the steps takes whether steps read before they write, C, the
+state before all steps, and the steps; it returns `[B, L, H, V]` that was read,
+and the last state.
 """
 
-from collections.abc import Callable
 import functools
 from typing import NamedTuple
 
@@ -23,7 +26,7 @@ class Steps(NamedTuple):
     query: `[B, L, G, K]`.
     key: `[B, L, G, K]`.
     value: `[B, L, H, V]`.
-    log_decay: `[B or 1, L, H, K or 1]`.
+    log_decay: `[B or 1, L, H or 1, K or 1]`.
   """
 
   query: Array
@@ -38,7 +41,7 @@ class Chunk(NamedTuple):
   Attributes:
     out: `[B, H, C, V]`, what steps read of what was written within the chunk.
     reader: `[B, H, C, K]`, what they multiply the state before it with.
-    kept: `[B, H, K or 1, 1]`, how much of that state the chunk keeps.
+    kept: `[B or 1, H or 1, K or 1, 1]`, how much of that state the chunk keeps.
     written: `[B, H, K, V]`, what it adds.
   """
 
@@ -46,11 +49,6 @@ class Chunk(NamedTuple):
   reader: Array
   kept: Array
   written: Array
-
-
-Run = Callable[[bool, int, Array, Steps], tuple[Array, Array]]
-"""Takes whether steps read before they write, C, the state before all steps,
-and the steps; returns what was read and the last state."""
 
 
 def in_turns(before: bool, chunk: int, state: Array, steps: Steps):
@@ -106,7 +104,7 @@ def summary(chunk: int, state: Array, steps: Steps) -> tuple[Array, Array]:
     steps: of which queries do not matter.
 
   Returns:
-    The product of all decays, `[B or 1, H, K or 1, 1]`; and the state.
+    The product of all decays, as `Chunk.kept`; and the state.
   """
 
   def turn(state, chunk_steps):
@@ -128,6 +126,7 @@ def _within(before, dtype, chunk_steps):
     query, key = repeat(query), repeat(key)
   else:
     query, key = repeat(query), repeat(key)
+    log_decay = repeat(log_decay)
     scores, decays = decay.score(query, key, log_decay, before=before)
   return Chunk(
     scores @ value,
@@ -171,5 +170,5 @@ def _as(dtype, steps):
 
 
 def _per_head(heads, x):
-  """Repeats heads of queries and keys for the heads of values."""
+  """Repeats heads `[B, G, ...]` for the heads of values."""
   return jnp.repeat(x, heads // x.shape[1], axis=1)

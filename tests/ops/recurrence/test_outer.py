@@ -131,7 +131,7 @@ def test_without_decay_it_is_linear_attention_with_a_causal_mask():
   np.testing.assert_allclose(last, total, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize('shape', [(H,), (H, K)])
+@pytest.mark.parametrize('shape', [(H,), (H, K), (1, K)])
 def test_a_constant_decay_is_that_decay_at_every_step(shape):
   log_decay = np.log(np.linspace(0.5, 0.9, np.prod(shape)).reshape(shape))
   per_step = np.broadcast_to(log_decay, (B, L, *shape))
