@@ -17,6 +17,7 @@ from jaxformers.nn.lora import low_rank_layer
 from jaxformers.nn.norm import LayerNorm
 from jaxformers.nn.norm import RMSNorm
 from jaxformers.nn.norm import UnitNorm
+from jaxformers.nn.placement import place
 from jaxformers.nn.position import Hierarchical
 from jaxformers.nn.position import Learned
 from jaxformers.nn.position import Sinusoidal
