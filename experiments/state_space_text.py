@@ -40,12 +40,10 @@ from jaxformers.nn.mixers import LRU
 from jaxformers.nn.mixers import RGLRU
 from jaxformers.nn.mixers import RWKV6
 from jaxformers.nn.mixers import S4D
-from jaxformers.nn.mixers import S5
 from jaxformers.nn.mixers import Attention
 from jaxformers.nn.mixers import Mamba
 from jaxformers.nn.mixers import Mamba2
 from jaxformers.nn.mixers import RecurrentBlock
-from jaxformers.nn.mixers import Retention
 from jaxformers.ops import Rotary
 from jaxformers.ops import Window
 from jaxformers.optim import AdamW
@@ -63,8 +61,7 @@ from jaxformers.train.figure import PALETTE
 LENGTHS = 256, 8192
 HYBRID = 'Mamba-2 + attention'
 MODELS = (
-  'attention', 'Retention', 'RWKV-6', 'S4D', 'S5', 'LRU', 'SLRU', 'Griffin',
-  'Mamba', 'Mamba-2', HYBRID,
+  'attention', 'RWKV-6', 'S4D', 'LRU', 'SLRU', 'Griffin', 'Mamba', 'Mamba-2', HYBRID,
 )  # fmt: skip
 
 
@@ -169,10 +166,8 @@ class StateSpaceText(Study):
     mamba2 = Mamba2(head_dim=head, state_size=2 * head)
     mixers = {
       'attention': (attention,),
-      'Retention': (Retention(num_heads=heads),),
       'RWKV-6': (RWKV6(num_heads=heads),),
       'S4D': (S4D(state_size=32),),
-      'S5': (S5(state_size=2 * width, blocks=heads),),
       'LRU': (LRU(state_size=width, r_min=0.9, r_max=0.999),),
       'SLRU': (LRU(state_size=width, r_min=0.9, r_max=0.999, is_real=True),),
       'Griffin': (RecurrentBlock(recurrence=RGLRU(num_heads=heads)),),
