@@ -24,6 +24,7 @@ from jaxformers.aot.report import Report
 from jaxformers.aot.report import Traffic
 from jaxformers.train.experiment import Experiment
 from jaxformers.train.flops import matmul_flops
+from jaxformers.train.holdings import holdings
 from jaxformers.train.program import abstract_batch
 from jaxformers.train.program import abstract_state
 from jaxformers.train.sharding import STATE_RULES
@@ -204,26 +205,13 @@ def _decode_program(experiment, mesh, state, length):
 
 
 def _kept(tree) -> tuple[Part, ...]:
-  """Returns the largest leaves that stay in memory, and the rest as one."""
-  leaves = [
-    Part(_path(path), _local_bytes(leaf))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  ]
-  groups = {}
-  for part in leaves:
-    head = part.name.partition('/')[0]
-    groups[head] = groups.get(head, 0) + part.bytes
-  totals = [Part(f'{head} in all', size) for head, size in groups.items()]
-  return tuple(sorted(totals, key=lambda p: -p.bytes))
-
-
-def _path(path) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator='/')
-
-
-def _local_bytes(leaf) -> int:
-  shape = leaf.sharding.shard_shape(leaf.shape)
-  return jnp.dtype(leaf.dtype).itemsize * int(jnp.prod(jnp.array(shape)))
+  """Returns what stays in memory, by the first words of the names."""
+  sizes = {}
+  for holding in holdings(tree):
+    head = holding.name.partition('/')[0]
+    sizes[head] = sizes.get(head, 0) + holding.local_bytes
+  parts = [Part(f'{head} in all', size) for head, size in sizes.items()]
+  return tuple(sorted(parts, key=lambda p: -p.bytes))
 
 
 def _tokens(experiment, step):
@@ -254,7 +242,9 @@ def _versions(topology):
 def _measured(compiled, topology):
   stats = compiled.memory_analysis()
   module = Module(compiled.as_text())
-  collectives = module.collectives(topology.island)
+  collectives = module.collectives(
+    topology.island, topology.devices // topology.island
+  )
   traffic = []
   for kind in sorted({c.kind for c in collectives}):
     own = [c for c in collectives if c.kind == kind]

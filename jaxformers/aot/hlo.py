@@ -24,6 +24,8 @@ _INSTRUCTION = re.compile(
   r'\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)'
 )
 _ARRAY = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
+_ARRAY_TEXT = re.compile(r'\w+\[[\d,]*\](?:\{[^}]*\})?')
+_TUPLE = re.compile(r'\((?:[^()]|\([^()]*\))*\)')
 _BITS = re.compile(r'[a-z]+?(\d+)(?:[a-z]\w*)?$')
 # These stand for values that other instructions made.
 _NO_TRAFFIC = {
@@ -203,22 +205,23 @@ class Module:
     ]
     return max(bounds, default=1)
 
-  def collectives(self, island: int) -> list[Collective]:
+  def collectives(self, island: int, islands: int = 1) -> list[Collective]:
     """Returns all collectives of a program.
 
     Args:
       island: how many consecutive devices fast links join.
+      islands: how many of them there are.
     """
     # One collective may be spread over several fusions, which share its
     # channel: of those the largest counts.
     found = {}
     for computation, times, instruction in self._all(self.entry, 1):
+      if found_far := self._far(instruction, times, islands):
+        found[instruction.name] = found_far
       kind = instruction.opcode.removesuffix('-start')
       if kind not in KINDS:
         continue
-      sizes = array_bytes(instruction.shape)
-      started = instruction.opcode.endswith('-start')
-      size = times * (max(sizes, default=0) if started else sum(sizes))
+      size = times * sum(array_bytes(_result(instruction)))
       channel = re.search(r'channel_id=(\d+)', instruction.rest)
       group, crosses = self._group(kind, instruction.rest, island)
       # TPUs fuse an all-reduce with the slice that is kept of it.
@@ -243,6 +246,19 @@ class Module:
       elif opcode in ('call', 'conditional', 'async-start'):
         for callee in self._callees(instruction):
           yield from self._all(callee, times)
+
+  def _far(self, instruction, times, islands):
+    """Returns the collective between slices that an instruction sends.
+
+    Programs for several slices of TPUs hand such a one to the host.
+    """
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
+    if instruction.opcode != 'send' or kind is None or islands < 2:
+      return None
+    kind = kind[1].lower().replace('_', '-')
+    size = times * array_bytes(instruction.shape)[0]
+    sent = size * _SENT.get(kind, lambda n: 1)(islands)
+    return Collective(kind, size, sent, islands, crosses=True)
 
   def _group(self, kind, text, island):
     """Returns how many devices take part, and whether they are apart."""
@@ -317,14 +333,23 @@ class Module:
     for _, instruction, _ in self.walk():
       if instruction.opcode in _NO_TRAFFIC:
         continue
-      for shape in re.findall(
-        r'\w+\[[\d,]*\](?:\{[^}]*\})?', instruction.shape
-      ):
+      for shape in _ARRAY_TEXT.findall(instruction.shape):
         size = sum(array_bytes(shape, memory_only=True))
         plain = shape.partition('{')[0]
         if size and plain not in best:
           best[plain] = Buffer(size, plain, instruction.source)
     return sorted(best.values(), key=lambda b: -b.bytes)[:number]
+
+
+def _result(collective: Instruction) -> str:
+  """Returns the shape of what a collective gives, without what it takes."""
+  shape = collective.shape
+  if collective.opcode in ('all-gather-start', 'collective-permute-start'):
+    # (operands, results, ...), where both may be tuples themselves.
+    if shape.startswith('(('):
+      return _TUPLE.findall(shape[1:])[1]
+    return _ARRAY_TEXT.findall(shape)[1]
+  return shape
 
 
 # Bytes that each device of a ring sends, per byte of the result.
@@ -346,28 +371,28 @@ def _members(text: str) -> list[int]:
     groups, sizes = (
       tuple(map(int, part.split(','))) for part in found.groups()[:2]
     )
-    order = tuple(range(len(sizes)))
-    if found[3]:
-      order = tuple(map(int, found[3].split(',')))
-    return _iota(sizes, order)[: groups[-1]]
-  mesh = r'replica_groups=mesh\[([^\]]*)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?'
-  if found := re.search(mesh + r'\s*\{([^}]*)\}', text):
+    return _iota(sizes, _order(found[3], len(sizes)))[: groups[-1]]
+  mesh = (
+    r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]'
+    r'(?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}'
+  )
+  if found := re.search(mesh, text):
     axes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-    sizes = [int(n) for n in axes.values()]
-    wanted = re.findall(r"'(\w+)'", found[4])
+    sizes = tuple(map(int, axes.values()))
+    wanted = [list(axes).index(a) for a in re.findall(r"'(\w+)'", found[4])]
     devices = list(range(math.prod(sizes)))
     if found[2]:
       own = tuple(map(int, found[2].split(',')))
-      order = tuple(range(len(own)))
-      if found[3]:
-        order = tuple(map(int, found[3].split(',')))
-      devices = _iota(own, order)
-    order = [list(axes).index(a) for a in wanted]
-    order = [i for i in range(len(sizes)) if i not in order] + order
-    places = _iota(tuple(sizes), tuple(order))
-    size = math.prod(int(axes[a]) for a in wanted)
-    return [devices[i] for i in places[:size]]
+      devices = _iota(own, _order(found[3], len(own)))
+    rest = [axis for axis in range(len(sizes)) if axis not in wanted]
+    places = _iota(sizes, (*rest, *wanted))
+    return [devices[p] for p in places[: math.prod(sizes[a] for a in wanted)]]
   return []
+
+
+def _order(text: str | None, axes: int) -> tuple[int, ...]:
+  """Reads the order of axes of a transposition; None for none."""
+  return tuple(map(int, text.split(','))) if text else tuple(range(axes))
 
 
 def _iota(sizes: tuple[int, ...], order: tuple[int, ...]) -> list[int]:

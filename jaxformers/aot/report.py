@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from jaxformers.aot.hardware import GIB
 from jaxformers.aot.hardware import Topology
+from jaxformers.train.holdings import readable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +136,13 @@ class Report:
     room = self.memory - self.peak_bytes
     if self.fits:
       return (
-        f'fits: {_size(self.peak_bytes)} of {_size(self.memory)} per device, '
-        f'{_size(room)} to spare'
+        f'fits: {readable(self.peak_bytes)} of {readable(self.memory)} per device, '
+        f'{readable(room)} to spare'
       )
     kept = sum(part.bytes for part in self.parts)
     if kept > self.memory / 2:
       advice = (
-        f'parameters and optimiser alone take {_size(kept)}: share them out '
+        f'parameters and optimiser alone take {readable(kept)}: share them out '
         'among more devices (--mesh fsdp=..., tensor=...)'
       )
     elif any(part.name.startswith('saved for') for part in self.buffers):
@@ -153,7 +153,7 @@ class Report:
         "'nothing_saveable'), cut the batch (--set accumulate=..., "
         'batch_size=...) or share it out (--mesh)'
       )
-    return f'does not fit: {_size(-room)} too much per device; {advice}'
+    return f'does not fit: {readable(-room)} too much per device; {advice}'
 
 
 def table(report: Report) -> str:
@@ -182,22 +182,26 @@ def table(report: Report) -> str:
 def _listed(title, parts):
   if not parts:
     return []
-  return ['', f'{title}:'] + [f'{_size(p.bytes):>12}  {p.name}' for p in parts]
+  return ['', f'{title}:'] + [
+    f'{readable(p.bytes):>12}  {p.name}' for p in parts
+  ]
 
 
 def _resources(report):
   estimate, seconds = report.estimate(), report.seconds()
   amounts = {
     'compute': f'{report.flops / 1e12:.3f} TFLOP',
-    'memory': f'{_size(report.memory_traffic)} read and written',
-    'links': f'{_size(sum(t.sent for t in report.traffic))} sent',
-    'network': f'{_size(sum(t.sent_far for t in report.traffic))} sent',
+    'memory': f'{readable(report.memory_traffic)} read and written',
+    'links': f'{readable(sum(t.sent for t in report.traffic))} sent',
+    'network': f'{readable(sum(t.sent_far for t in report.traffic))} sent',
   }
   lines = ['per device and step, at peak rates:']
   for name, amount in amounts.items():
     lines.append(f'{1e3 * seconds[name]:>9.3f} ms  {name:<8} {amount}')
   for t in report.traffic:
-    lines.append(f'{_size(t.bytes):>12}  {t.kind} ({t.count} in the program)')
+    lines.append(
+      f'{readable(t.bytes):>12}  {t.kind} ({t.count} in the program)'
+    )
   least, most = (
     1e3 * estimate[name]
     for name in ('step_seconds', 'step_seconds_without_overlap')
@@ -212,11 +216,3 @@ def _resources(report):
     'axis of the torus at a time, and kernels run at the peak of the busiest '
     'resource.',
   ]
-
-
-def _size(count: float) -> str:
-  """Writes a number of bytes."""
-  for unit, size in (('GiB', GIB), ('MiB', 2**20), ('KiB', 2**10)):
-    if abs(count) >= size:
-      return f'{count / size:.2f} {unit}'
-  return f'{count:.0f} B'

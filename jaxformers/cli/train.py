@@ -57,6 +57,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     help='print every setting, ready for --set, and leave',
   )
   parser.add_argument(
+    '--placement',
+    action='store_true',
+    help='print what each device holds of every array, and leave',
+  )
+  parser.add_argument(
     '--profile',
     metavar='STEPS',
     nargs='?',
@@ -166,6 +171,14 @@ def run(arguments: argparse.Namespace) -> int:
   )
   with distributed.agreement():
     experiment = _experiment(arguments)
+  if arguments.placement:
+    from jaxformers.train.holdings import holdings_table
+    from jaxformers.train.program import abstract_state
+
+    table = holdings_table(abstract_state(experiment, experiment.mesh.build()))
+    if not distributed.prefix():  # Process 0 alone prints.
+      print(table)
+    return 0
   if arguments.compile_cache is not None:
     _keep_compiled(arguments.compile_cache)
   workdir = arguments.workdir or default_workdir(arguments.file)

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from jaxformers.nn.init import Initializer
 from jaxformers.nn.init import Normal
+from jaxformers.nn.placement import LOOKED_UP_RULES
 from jaxformers.nn.placement import place
 
 
@@ -37,7 +38,7 @@ class Embed(nn.Module):
     )
     # 'fill' makes an id outside the table nan instead of its nearest row.
     x_BLD = table_VD.at[tokens_BL].get(mode='fill', fill_value=jnp.nan)
-    x_BLD = place(x_BLD, 'BLD')
+    x_BLD = place(place(x_BLD, 'BLD', LOOKED_UP_RULES), 'BLD')
     if self.scale_by_width:
       x_BLD = x_BLD * math.sqrt(width)
     return x_BLD, table_VD

@@ -10,6 +10,7 @@ import math
 
 import jax
 from jax import Array
+from jax.sharding import AbstractMesh
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
@@ -28,8 +29,16 @@ ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
 }
 """Mesh axes of each letter of an activation; other letters are not split."""
 
+LOOKED_UP_RULES = ACTIVATION_RULES | {'B': ('dcn', 'data'), 'D': ('fsdp',)}
+"""The same for rows that come out of a table whose width is split: from here
+to `ACTIVATION_RULES` it is one exchange among the devices of `fsdp`."""
 
-def place(x: Array, letters: str) -> Array:
+
+def place(
+  x: Array,
+  letters: str,
+  rules: dict[str, tuple[str, ...]] = ACTIVATION_RULES,
+) -> Array:
   """Asks for an activation to lie as its letters say.
 
   Axes that do not divide among their devices, and those that `jax.shard_map`
@@ -42,6 +51,7 @@ def place(x: Array, letters: str) -> Array:
   Args:
     x: an array with one axis per letter.
     letters: such as `'BLD'`.
+    rules: mesh axes of each letter.
 
   Raises:
     ValueError: if there are more or fewer letters than axes.
@@ -54,16 +64,45 @@ def place(x: Array, letters: str) -> Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
-  types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-
-  def axes(letter, size):
-    found = tuple(
-      axis
-      for axis in ACTIVATION_RULES.get(letter, ())
-      if types.get(axis) == AxisType.Auto and mesh.shape[axis] > 1
+  spec = PartitionSpec(
+    *(
+      axes_of(mesh, rules.get(letter, ()), size) or PartitionSpec.UNCONSTRAINED
+      for letter, size in zip(letters, x.shape, strict=True)
     )
-    parts = math.prod(mesh.shape[axis] for axis in found)
-    return found if found and size % parts == 0 else PartitionSpec.UNCONSTRAINED
-
-  spec = PartitionSpec(*map(axes, letters, x.shape))
+  )
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def axes_of(
+  mesh: AbstractMesh, axes: tuple[str, ...], size: int
+) -> tuple[str, ...]:
+  """Returns those axes of a mesh that may cut an array's axis of that size.
+
+  Source: none; see `place`.
+
+  Args:
+    mesh: the mesh.
+    axes: names, of which the mesh need not have all.
+    size: what must divide among their devices; if it does not, none may.
+  """
+  types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  found = tuple(
+    axis
+    for axis in axes
+    if types.get(axis) == AxisType.Auto and mesh.shape[axis] > 1
+  )
+  return found if size % math.prod(mesh.shape[a] for a in found) == 0 else ()
+
+
+def sequence_mesh(length: int) -> AbstractMesh | None:
+  """Returns the mesh of the surrounding program if it cuts sequences.
+
+  Source: none; see `place`.
+
+  Args:
+    length: of the sequences, which must divide among the devices.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not axes_of(mesh, ('sequence',), length):
+    return None
+  return mesh

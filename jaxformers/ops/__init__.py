@@ -127,6 +127,7 @@ from jaxformers.ops.recurrent_attention import reread
 from jaxformers.ops.rerope import FarRotary
 from jaxformers.ops.rerope import LeakyReRoPE
 from jaxformers.ops.rerope import ReRoPE
+from jaxformers.ops.ring import ring_attend
 from jaxformers.ops.scales import ConstantScale
 from jaxformers.ops.scales import Factor
 from jaxformers.ops.scales import InverseSqrt

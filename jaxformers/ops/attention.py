@@ -233,7 +233,7 @@ def attention_weights(
   Raises:
     ValueError: as `attend`.
   """
-  problem = _problem(query_BLHK, key_BMGK, key_BMGK, **options)
+  problem = problem_of(query_BLHK, key_BMGK, key_BMGK, **options)
   if rows is None:
     return _weigh(problem)
 
@@ -244,7 +244,7 @@ def attention_weights(
   return jax.tree.map(lambda x: x[:, :, :, 0], weighed)
 
 
-class _Problem(NamedTuple):
+class Problem(NamedTuple):
   """Checked and completed arguments, as an implementation takes them."""
 
   query: Array
@@ -281,10 +281,11 @@ def _attend(
   query, key, value, *, implementation, block=None, is_partial=False, **options
 ) -> Attended:
   """Attends; the output is not yet in the dtype of the values."""
-  problem = _problem(query, key, value, **options)
+  problem = problem_of(query, key, value, **options)
   given = options.get('query_position'), options.get('key_position')
+  default_positions = all(position is None for position in given)
   implementation = _choose(
-    implementation, problem, is_partial, default_positions=given == (None, None)
+    implementation, problem, is_partial, default_positions=default_positions
   )
   if implementation != 'blockwise' and block is not None:
     raise ValueError(
@@ -300,7 +301,7 @@ def _attend(
   return _attend_kernel(problem, implementation)
 
 
-def _problem(
+def problem_of(
   query,
   key,
   value,
@@ -314,8 +315,25 @@ def _problem(
   key_position=None,
   keys_stored=False,
   statistics=False,
-) -> _Problem:
-  """Checks and completes the arguments."""
+) -> Problem:
+  """Checks and completes the arguments of `attend`.
+
+  Source: see `attend`.
+
+  Args:
+    query: queries.
+    key: keys.
+    value: values.
+    position: see `attend`, like all others.
+    scale: multiplier of the scores.
+    mask: which keys a query sees.
+    kind: how scores become weights.
+    bias: added to the scaled scores.
+    query_position: positions of the queries.
+    key_position: positions of the keys.
+    keys_stored: whether keys are in the form that a cache holds.
+    statistics: whether statistics are wanted.
+  """
   _check_shapes(query, key, value)
   bias = as_bias(bias)
   parts = [part for part in (mask, position, bias) if part is not None]
@@ -329,7 +347,7 @@ def _problem(
   value = jnp.where(exists, value, 0)
   if not keys_stored:
     key = position.store(key, places.key_position)
-  return _Problem(
+  return Problem(
     query, key, value, places, position, scale, kind, bias, statistics
   )
 

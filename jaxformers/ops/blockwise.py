@@ -99,7 +99,7 @@ class Attended(NamedTuple):
   variance: Float[Array, 'B L H'] | None = None
 
 
-class _Operands(NamedTuple):
+class Operands(NamedTuple):
   """What is differentiated, in blocks."""
 
   queries: tuple[Array, ...]  # [B, n, G, R, L, K], one for each branch
@@ -138,6 +138,40 @@ def attend_blockwise(
     statistics: whether to compute statistics of the weights.
   """
   length, heads = branches[0].query.shape[1:3]
+  plan, operands = plan_of(
+    branches,
+    value_BMGV,
+    block,
+    weight=weight,
+    bias=bias,
+    statistics=statistics,
+  )
+  summary = _attend(plan, operands, _padded(places, plan))
+  return jax.tree.map(lambda x: rows_of(x, length, heads), summary)
+
+
+def plan_of(
+  branches: tuple[Branch, ...],
+  value_BMGV: Float[Array, 'B M G V'],
+  block: int,
+  *,
+  weight: Callable[[Array], Array] | None = None,
+  bias: Bias | None = None,
+  statistics: bool = False,
+) -> tuple[Plan, Operands]:
+  """Returns the plan of a problem, and its operands in blocks.
+
+  Source: see the module.
+
+  Args:
+    branches: see `attend_blockwise`, like all others.
+    value_BMGV: values.
+    block: queries and keys per block.
+    weight: None for softmax.
+    bias: what is added to scores.
+    statistics: whether to compute statistics of the weights.
+  """
+  length = branches[0].query.shape[1]
   keys, groups = value_BMGV.shape[1:3]
   plan = Plan(
     min(block, length),
@@ -147,20 +181,27 @@ def attend_blockwise(
     statistics,
     weight,
   )
-  operands = _Operands(
+  operands = Operands(
     tuple(_query_blocks(b.query, groups, plan) for b in branches),
     tuple(_key_blocks(b.key, plan) for b in branches),
     _key_blocks(value_BMGV, plan),
     None if bias is None else bias.padded(plan.queries, plan.keys),
   )
-  summary = _attend(plan, operands, _padded(places, plan))
+  return plan, operands
 
-  def whole(x):
-    # [B, n, G, R, L, ...] -> [B, n L, G R, ...]
-    x = jnp.moveaxis(x, 4, 2)
-    return x.reshape(x.shape[0], -1, heads, *x.shape[5:])[:, :length]
 
-  return jax.tree.map(whole, summary)
+def rows_of(x: Array, length: int, heads: int) -> Array:
+  """Joins blocks: `[B, n, G, R, L, ...]` becomes `[B, n L, G R, ...]`.
+
+  Source: see the module.
+
+  Args:
+    x: in blocks of queries.
+    length: how many queries there are, without those that fill up.
+    heads: how many heads.
+  """
+  x = jnp.moveaxis(x, 4, 2)
+  return x.reshape(x.shape[0], -1, heads, *x.shape[5:])[:, :length]
 
 
 def count_visible(
@@ -197,7 +238,7 @@ def count_visible(
 def _query_blocks(query_BLHK, groups, plan):
   """Returns `[B, n, G, R, L, K]`."""
   batch, _, heads, width = query_BLHK.shape
-  query = _pad_axis(query_BLHK, 1, plan.queries)
+  query = pad_axis(query_BLHK, 1, plan.queries)
   shape = batch, -1, plan.queries, groups, heads // groups, width
   return jnp.moveaxis(query.reshape(shape), 2, 4)
 
@@ -205,19 +246,28 @@ def _query_blocks(query_BLHK, groups, plan):
 def _key_blocks(key_BMGK, plan):
   """Returns `[B, m, G, M, K]`."""
   batch, _, groups, width = key_BMGK.shape
-  key = _pad_axis(key_BMGK, 1, plan.keys)
+  key = pad_axis(key_BMGK, 1, plan.keys)
   return key.reshape(batch, -1, plan.keys, groups, width).swapaxes(2, 3)
 
 
 def _padded(places, plan):
   return Places(
     places.mask.padded(plan.queries, plan.keys),
-    _pad_axis(places.query_position, 1, plan.queries),
-    _pad_axis(places.key_position, 1, plan.keys),
+    pad_axis(places.query_position, 1, plan.queries),
+    pad_axis(places.key_position, 1, plan.keys),
   )
 
 
-def _pad_axis(x, axis, multiple):
+def pad_axis(x: Array, axis: int, multiple: int) -> Array:
+  """Fills an axis up to a multiple of a size with its last entry.
+
+  Source: none; a step of `attend_blockwise`.
+
+  Args:
+    x: any array.
+    axis: which axis.
+    multiple: of the size.
+  """
   padding = [(0, 0)] * x.ndim
   padding[axis] = 0, -x.shape[axis] % multiple
   return jnp.pad(x, padding, mode='edge') if padding[axis][1] else x
@@ -364,9 +414,9 @@ def _rows(argument, tile):
   match argument:
     case Places():
       return argument.block(tile)
-    case _Operands(queries, keys, value, bias):
+    case Operands(queries, keys, value, bias):
       bias = None if bias is None else bias.block(tile)
-      return _Operands(*jax.tree.map(first, (queries, keys, value)), bias)
+      return Operands(*jax.tree.map(first, (queries, keys, value)), bias)
   return jax.tree.map(first, argument)
 
 
@@ -492,23 +542,59 @@ def _forward(plan, operands, places):
   return jax.tree.map(lambda x: x.swapaxes(0, 1), summary), None
 
 
-def _value(plan, operands, places):
+def summary_of(plan: Plan, operands: Operands, places: Places) -> Attended:
+  """Attends in blocks, `[B, n, G, R, L, ...]`; has no rules for gradients.
+
+  Source: see the module.
+
+  Args:
+    plan: from `plan_of`, like the operands.
+    operands: queries, keys, values and bias.
+    places: mask and positions, padded to whole blocks.
+  """
   return _row_by_row(_forward, plan, None, operands, places)[0]
+
+
+def gradients_of(
+  plan: Plan,
+  operands: Operands,
+  places: Places,
+  summary: Attended,
+  cotangent: Attended,
+) -> tuple[tuple[Any, Any, Array], Any]:
+  """Returns gradients of queries, keys and values, and that of the bias.
+
+  The summary may be that of more keys than these: gradients are then those of
+  these keys within the whole.
+
+  Source: see the module.
+
+  Args:
+    plan: from `plan_of`, like the operands.
+    operands: queries, keys, values and bias.
+    places: mask and positions, padded to whole blocks.
+    summary: what attending gave.
+    cotangent: of the summary.
+  """
+  total = _zeros(operands.bias)
+  return _row_by_row(
+    _backward, plan, total, operands, places, summary, cotangent
+  )
 
 
 def _attend_fwd(plan, operands, places):
   # Not `_attend`: the rules themselves can then be differentiated forward.
-  summary = _value(plan, operands, places)
+  summary = summary_of(plan, operands, places)
   return summary, (operands, places, summary)
 
 
 def _attend_bwd(plan, residuals, cotangent):
   operands, places, summary = residuals
-  (queries, keys, value), bias = _row_by_row(
-    _backward, plan, _zeros(operands.bias), operands, places, summary, cotangent
+  (queries, keys, value), bias = gradients_of(
+    plan, operands, places, summary, cotangent
   )
   as_given = lambda new, old: new.astype(old.dtype)
-  gradient = _Operands(queries, keys, value, bias)
+  gradient = Operands(queries, keys, value, bias)
   return jax.tree.map(as_given, gradient, operands), None
 
 
@@ -648,5 +734,5 @@ def _sum_rows(weights, rows, dtype):
   )
 
 
-_attend = jax.custom_vjp(_value, nondiff_argnums=(0,))
+_attend = jax.custom_vjp(summary_of, nondiff_argnums=(0,))
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -105,6 +105,10 @@ def test_sizes_are_read_from_shapes():
     ("replica_groups=mesh['a'=2,'b'=4] {'b'}, ", [0, 1, 2, 3]),
     ("replica_groups=mesh['a'=2,'b'=4] {'a'}, ", [0, 4]),
     ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}, ", list(range(8))),
+    (
+      "replica_groups=mesh['a'=1,'b'=2,'c'=2], device_ids=([2,2]T(1,0)) {'c'}, ",
+      [0, 2],
+    ),
   ],
 )
 def test_groups_are_read_in_all_their_notations(groups, expected):
@@ -114,3 +118,36 @@ def test_groups_are_read_in_all_their_notations(groups, expected):
 def test_a_text_that_is_no_program_is_refused():
   with pytest.raises(ValueError, match='no HLO module'):
     Module('hello')
+
+
+def test_what_a_collective_started_with_is_not_what_it_gives():
+  text = """HloModule m
+
+ENTRY %main (p: f32[2]) -> f32[8] {
+  %p = f32[2]{0} parameter(0)
+  %several = ((f32[2]{0:T(8)}, f32[3]{0}), (f32[8]{0:T(8)}, f32[12]{0})) \
+all-gather-start(%p, %p), channel_id=1, replica_groups={{0,1,2,3}}
+  %one = (f32[2]{0}, f32[2]{0}, u32[], u32[]) collective-permute-start(%p), \
+channel_id=2, source_target_pairs={{0,1},{1,0}}
+}
+"""
+  found = {c.kind: c for c in Module(text).collectives(island=1)}
+  assert found['all-gather'].bytes == 4 * 20
+  assert found['collective-permute'].bytes == 8
+  assert found['collective-permute'].crosses
+
+
+def test_slices_send_each_other_what_their_hosts_carry():
+  text = """HloModule m
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %after = token[] after-all()
+  %send = (f32[8]{0}, u32[], token[]) send(%p, %after), channel_id=4, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type=\
+"ALL_REDUCE"}
+}
+"""
+  [found] = Module(text).collectives(island=4, islands=4)
+  assert (found.kind, found.bytes, found.crosses) == ('all-reduce', 32, True)
+  assert found.sent == 2 * 32 * 3 / 4

@@ -3,8 +3,10 @@
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 from jax import Array
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
 from jaxformers.nn.init import Initializer
@@ -12,6 +14,9 @@ from jaxformers.nn.init import VarianceScaling
 from jaxformers.nn.linear import Linear
 from jaxformers.nn.mixers.base import require_causal
 from jaxformers.nn.mixers.base import sow_attention
+from jaxformers.nn.placement import ROWS
+from jaxformers.nn.placement import axes_of
+from jaxformers.nn.placement import sequence_mesh
 from jaxformers.ops import segments
 from jaxformers.ops.attention import Implementation
 from jaxformers.ops.attention import attend
@@ -23,6 +28,7 @@ from jaxformers.ops.masks import Mask
 from jaxformers.ops.masks import Segments
 from jaxformers.ops.positions import NoPosition
 from jaxformers.ops.positions import PositionScheme
+from jaxformers.ops.ring import ring_attend
 from jaxformers.ops.scales import InverseSqrt
 from jaxformers.ops.scales import Scale
 
@@ -174,6 +180,9 @@ class Attention(nn.Module):
     )
 
   def _attend_alone(self, query, key, value, segments_BL):
+    mesh = sequence_mesh(query.shape[1])
+    if mesh is not None and self._may_go_round():
+      return self._attend_ring(mesh, query, key, value, segments_BL)
     if segments_BL is None:
       return self._attend(query, key, value, self.mask)
     begin = segments.start(query.shape[0])
@@ -186,6 +195,58 @@ class Attention(nn.Module):
       query_position=position_BL,
       key_position=position_BL,
     )
+
+  def _may_go_round(self):
+    """Whether keys may visit the queries of other devices in turn."""
+    return (
+      self.bias is None
+      and isinstance(self.kind, Softmax)
+      and not isinstance(self.scale, nn.Module)
+      and not jax.tree.leaves(self.mask)
+      and self.implementation in ('auto', 'blockwise')
+      and not self.is_mutable_collection('diagnostics')
+    )
+
+  def _attend_ring(self, mesh, query, key, value, segments_BL):
+    """Attends with sequences cut over the devices of `sequence`."""
+    if segments_BL is None:
+      position, number_BL = jnp.arange(query.shape[1]), None
+    else:
+      begin = segments.start(query.shape[0])
+      (position, number_BL), _ = segments.advance(begin, segments_BL)
+    rows = axes_of(mesh, ROWS, query.shape[0])
+    heads = axes_of(mesh, ('tensor',), key.shape[2])
+
+    def attended(query, key, value, position, number_BL):
+      return ring_attend(
+        query,
+        key,
+        value,
+        axis_name='sequence',
+        query_position=position,
+        key_position=position,
+        query_segment=number_BL,
+        key_segment=number_BL,
+        position=self.position,
+        scale=self.scale,
+        mask=self.mask,
+      )
+
+    tokens = PartitionSpec(rows, 'sequence')
+    per_head = PartitionSpec(rows, 'sequence', heads)
+    return jax.shard_map(
+      attended,
+      mesh=mesh,
+      in_specs=(
+        per_head,
+        per_head,
+        per_head,
+        tokens if position.ndim == 2 else PartitionSpec('sequence'),
+        tokens,
+      ),
+      out_specs=per_head,
+      check_vma=False,
+    )(query, key, value, position, number_BL)
 
   def _attend_state(self, query, key, value, segments_BL, state):
     if segments_BL is None:
