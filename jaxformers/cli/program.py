@@ -72,7 +72,9 @@ def _report(error: Exception, *, show_traceback: bool) -> None:
   message = str(error) or type(error).__name__
   if not _is_ours(error) and not show_traceback:
     message += '\n(raised by a library; --traceback shows where)'
-  print(f'jaxformers: error: {message}', file=sys.stderr)
+  distributed = sys.modules.get('jaxformers.train.distributed')
+  prefix = '' if distributed is None else distributed.prefix()
+  print(f'jaxformers: error: {prefix}{message}', file=sys.stderr)
 
 
 def _leave(status: int, bug: Exception | None = None) -> int:

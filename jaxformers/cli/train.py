@@ -175,7 +175,9 @@ def run(arguments: argparse.Namespace) -> int:
     from jaxformers.train.holdings import holdings_table
     from jaxformers.train.program import abstract_state
 
-    print(holdings_table(abstract_state(experiment, experiment.mesh.build())))
+    table = holdings_table(abstract_state(experiment, experiment.mesh.build()))
+    if not distributed.prefix():  # Process 0 alone prints.
+      print(table)
     return 0
   if arguments.compile_cache is not None:
     _keep_compiled(arguments.compile_cache)

@@ -206,11 +206,10 @@ def several() -> bool:
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def name() -> str:
-  """Returns how this process calls itself, '' if it is alone."""
-  if not several():
-    return ''
-  return f'process {jax.process_index()} of {jax.process_count()}'
+def prefix() -> str:
+  """Returns what errors of this process begin with; '' on process 0."""
+  index = jax.process_index() if several() else 0
+  return f'process {index}: ' if index else ''
 
 
 def gather(value: Any) -> list[Any]:

@@ -18,6 +18,7 @@ from jaxformers.train.distributed import check_same
 from jaxformers.train.distributed import explained
 from jaxformers.train.distributed import tell_all
 from jaxformers.train.distributed import wait_for_all
+from jaxformers.train.errors import FailedTogether
 from jaxformers.train.errors import RunFailed
 from jaxformers.train.evaluation import evaluate
 from jaxformers.train.experiment import Experiment
@@ -209,7 +210,9 @@ def report(
   bad = [name for name, value in values.items() if not math.isfinite(value)]
   if bad and non_finite == 'stop':
     shown = ', '.join(f'{name} {value:g}' for name, value in values.items())
-    raise RunFailed(
+    # All processes have the same metrics, and one complaint is enough.
+    kind = RunFailed if jax.process_index() == 0 else FailedTogether
+    raise kind(
       f'step {step}: {" and ".join(bad)} not finite ({shown}). Nothing of '
       'this step was saved. Lower the learning rate, clip gradients, or set '
       "non_finite='skip' to leave out such updates."

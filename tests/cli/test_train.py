@@ -74,6 +74,20 @@ def test_settings_and_workdir_are_passed_on(file, trained):
   assert workdir == pathlib.Path('there')
 
 
+def test_profiling_and_the_status_after_leaving_early_can_be_asked_for(
+  file, monkeypatch
+):
+  asked = []
+  monkeypatch.setattr(
+    'jaxformers.train.loop.train',
+    lambda *given, **options: asked.append(options),
+  )  # Returns None, as `train` does when it leaves early.
+  assert main(['train', 'tiny.py']) == 0
+  assert main(['train', 'tiny.py', '--profile', '--left-status', '75']) == 75
+  assert main(['train', 'tiny.py', '--profile', '3']) == 0
+  assert [options['profile_steps'] for options in asked] == [0, 5, 3]
+
+
 def test_show_prints_every_setting_and_trains_nothing(file, trained, capsys):
   assert main(['train', 'tiny.py', '--show', '--set', 'model.width=6']) == 0
   lines = capsys.readouterr().out.splitlines()

@@ -171,6 +171,7 @@ def test_only_process_0_writes_and_prints(straight):
   spoken = [x for x in second.splitlines() if not x.startswith('[Gloo]')]
   assert spoken == []
   assert len(list((workdir / 'events').iterdir())) == 1
+  assert list((workdir.parent / 'programs').glob('*-cache'))
   lines = read_metrics(workdir / 'metrics.jsonl')
   assert [x['step'] for x in lines if x['split'] == 'train'] == list(
     range(1, STEPS + 1)
