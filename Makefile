@@ -4,10 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.done
 
-.PHONY: help setup train test lint lock clean
+.PHONY: help setup train test test-tpu lint lock clean
 help:
 	@echo "make train   set up and train the language model of experiments/lm.py"
 	@echo "make test    set up and run all tests"
+	@echo "make test-tpu  the same with the compiler of TPUs, which needs no TPU"
 	@echo "make lint    set up and check format and lint"
 	@echo "make lock    resolve requirements.lock anew"
 	@echo "make clean   remove the virtual environment"
@@ -27,6 +28,14 @@ train: $(DONE)
 
 test: $(DONE)
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(TESTS)
+
+# An environment of its own: with that compiler installed, JAX looks for TPUs.
+test-tpu:
+	$(MAKE) setup VENV=$(VENV)-tpu
+	$(VENV)-tpu/bin/python -c 'import libtpu' 2>/dev/null || \
+	  $(VENV)-tpu/bin/uv pip install --quiet --python $(VENV)-tpu/bin/python \
+	  --constraint requirements.lock 'jax[tpu]'
+	$(VENV)-tpu/bin/python -m pytest -q tests/aot tests/ops/recurrence/test_tpu.py
 
 lint: $(DONE)
 	$(BIN)/ruff check .

@@ -62,6 +62,8 @@ class Report:
     traffic: collectives by kind.
     tokens: tokens per step, over all devices.
     seconds_to_compile: on the machine that compiled it.
+    copied_whole: how often the compiler said that it had to copy an array to
+      all devices because it knew no way from one placement to another.
   """
 
   program: str
@@ -78,6 +80,7 @@ class Report:
   traffic: tuple[Traffic, ...]
   tokens: int
   seconds_to_compile: float
+  copied_whole: int = 0
 
   @classmethod
   def from_json(cls, tree: dict[str, Any]) -> 'Report':
@@ -171,12 +174,22 @@ def table(report: Report) -> str:
     f'compiled in {report.seconds_to_compile:.1f} s by {versions}',
     '',
     report.verdict(),
+    *_warned(report),
     *_listed('kept from step to step', report.parts),
     *_listed('largest arrays of the program', report.buffers),
   ]
   if report.fits:
     lines += ['', *_resources(report)]
   return '\n'.join(lines)
+
+
+def _warned(report):
+  if not report.copied_whole:
+    return []
+  return [
+    f'the compiler copied {report.copied_whole} arrays to all devices for want '
+    'of a better way ("involuntary full rematerialization"): try another mesh.'
+  ]
 
 
 def _listed(title, parts):

@@ -1,6 +1,7 @@
 """`jaxformers compile`: see whether a step fits a machine that is not here."""
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -165,7 +166,9 @@ def _apart(
     if done.returncode:
       message = done.stderr.rpartition('jaxformers: error: ')[2].strip()
       raise ValueError(message or f'compiling failed:\n{done.stderr[-4000:]}')
-    return Report.from_json(json.loads(out.read_text()))
+    report = Report.from_json(json.loads(out.read_text()))
+  copied = done.stderr.count('Involuntary full rematerialization')
+  return dataclasses.replace(report, copied_whole=copied)
 
 
 def _search(

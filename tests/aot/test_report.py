@@ -55,6 +55,9 @@ def test_a_report_is_a_file_and_a_table():
   tree = json.loads(json.dumps(REPORT.to_json()))
   assert Report.from_json(tree) == REPORT
   text = table(REPORT)
+  assert 'copied' not in text
+  warned = table(dataclasses.replace(REPORT, copied_whole=2))
+  assert 'copied 2 arrays to all devices' in warned
   for part in ('8 devices', '4.00 GiB of 15.75 GiB', 'all-reduce', '38%'):
     assert part in text
 
