@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import pathlib
+import re
+import shlex
 import shutil
 import signal
 import string
@@ -12,6 +14,8 @@ import time
 
 import pytest
 import yaml
+
+from jaxformers.cli.parser import build_parser
 
 LAUNCH = pathlib.Path(__file__).parents[2] / 'launch'
 SCRIPTS = ['tpu_vm.sh', 'ssh.sh', 'slurm.sbatch']
@@ -463,6 +467,32 @@ def test_skypilot_tells_every_node_its_number(tmp_path):
     *('--process', '1', '--left-status', '75'),
   ]
   assert '/runs' in task['volumes']
+
+
+# Their page.
+
+
+@pytest.mark.parametrize('page', ['launch/README.md', 'docs/scale.md'])
+def test_the_commands_of_a_page_can_be_typed(page):
+  text = (LAUNCH.parent / page).read_text()
+  blocks = re.findall(r'```sh\n(.*?)```', text, re.DOTALL)
+  lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
+  words = [shlex.split(line, comments=True) for line in lines]
+  ours = [w[1:] for w in words if w and w[0] == 'jaxformers']
+  for parsed in map(build_parser().parse_args, ours):
+    assert (LAUNCH.parent / parsed.file).exists()
+  started = {w for line in words for w in line if w.startswith('launch/')}
+  assert all((LAUNCH.parent / path).exists() for path in started)
+  assert ours or started
+
+
+def test_every_launcher_has_its_row():
+  text = (LAUNCH / 'README.md').read_text()
+  linked = {LAUNCH / name for name in re.findall(r'\]\((\w\S*)\)', text)}
+  expected = {LAUNCH / 'expected'}  # What programs ask of machines.
+  there = {p for p in LAUNCH.rglob('*') if p.is_file()}
+  there = {p for p in there if not expected & set(p.parents)}
+  assert there - {LAUNCH / 'README.md'} <= linked
 
 
 # This computer.

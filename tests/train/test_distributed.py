@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ from jaxformers.cli import main
 from jaxformers.data import TextData
 from jaxformers.data import batch_at
 from jaxformers.train import distributed
+from jaxformers.train.errors import ProcessLost
 from jaxformers.train.metrics import read_metrics
 from jaxformers.train.run_directory import RunDirectory
 
@@ -234,6 +236,7 @@ import hashlib, json, sys
 import jax
 from jax.experimental import multihost_utils
 from jaxformers.train import distributed
+from jaxformers.train.errors import ProcessLost
 from jaxformers.train.override import override_all
 
 port, count, index, mesh, step = sys.argv[1:]
@@ -404,3 +407,20 @@ def test_a_directory_that_is_not_shared_is_refused(tmp_path):
       run.check_shared('pid 1 on elsewhere\n', seconds=0.3)
   with pytest.raises(ValueError, match='on a file system that they share'):
     RunDirectory(tmp_path / 'empty').check_shared('pid 1', seconds=0)
+
+
+def test_the_loss_of_a_process_is_explained_and_other_errors_are_not(
+  monkeypatch,
+):
+  def fail(text):
+    with distributed.explained():
+      raise jax.errors.JaxRuntimeError(text)
+
+  closed = 'UNKNOWN: Gloo all-reduce failed: Connection closed by peer'
+  with pytest.raises(jax.errors.JaxRuntimeError, match='Gloo'):
+    fail(closed)
+  monkeypatch.setattr(distributed, 'several', lambda: True)
+  with pytest.raises(ProcessLost, match='is lost .*closed by peer.*same'):
+    fail(closed)
+  with pytest.raises(jax.errors.JaxRuntimeError, match='out of memory'):
+    fail('RESOURCE_EXHAUSTED: out of memory')
