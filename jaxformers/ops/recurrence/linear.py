@@ -216,57 +216,42 @@ def _recurrence(plan, decay, initial, input):
 def _recurrence_jvp(plan, primals, tangents):
   """Finds tangents as the solution of a linear system.
 
-  Its unknowns are the tangents of all that is given and computed: of decay and
-  initial state, for which it says only what they are, and of the states. To
-  solve it is a recurrence, to solve its transpose the recurrence backwards. What
-  they need is all that is kept. The product with its matrix serves to
-  differentiate once more.
+  The tangents of the states obey a recurrence with the same decays. To solve it
+  backwards gives gradients of any order, and decays and states are all that is
+  kept for it: what is checkpointed is made again where it is needed.
   """
   decay, initial, _ = primals
+  decay_dot, initial_dot, input_dot = tangents
   states, last = _recurrence(plan, *primals)
 
-  known = decay, initial, states
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def driven(initial, states, decay_dot):
+    before = decay.select(steps.before(plan, initial, states))
+    return steps.multiply(decay_dot, before)
 
-  def driven(known, decay_dot):
-    """Returns what the tangent of the decay adds at each step."""
-    decay, initial, states = known
-    return decay.select(decay_dot) * steps.before(plan, initial, states)
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def product(states_dot):
+    nothing = jnp.zeros_like(initial)
+    before_dot = steps.before(plan, nothing, states_dot)
+    return states_dot - decay.effective() * before_dot
 
-  # Checkpointed, or else what it makes of what is known would be kept too.
-  @jax.checkpoint
-  def added(known, decay_dot, *dots):
-    effective = known[0].effective()
-    return effective * steps.before(plan, *dots) + driven(known, decay_dot)
+  def solve(_, input_dot):
+    nothing = jnp.zeros_like(initial)
+    return _for_platform(plan, steps.forwards, decay, nothing, input_dot)[0]
 
-  def product(unknown):
-    *dots, last_dot = unknown
-    rest = dots[2] - added(known, *dots)
-    return *dots[:2], rest, last_dot - steps.edge(plan.down, dots[2])
+  def solve_transposed(_, states_bar):
+    return _for_platform(plan, steps.backwards, decay, states_bar)
 
-  def solve(_, given):
-    decay_dot, initial_dot, input_dot, last_dot = given
-    input_dot += driven(known, decay_dot)
-    states_dot, end_dot = _for_platform(
-      plan, steps.forwards, decay, initial_dot, input_dot
-    )
-    return decay_dot, initial_dot, states_dot, last_dot + end_dot
-
-  def solve_transposed(_, given):
-    decay_bar, initial_bar, *bars = given
-    more_decay_bar, input_bar, more_initial_bar = _for_platform(
-      plan, steps.backwards, *known, *bars
-    )
-    decay_bar += more_decay_bar
-    return decay_bar, initial_bar + more_initial_bar, input_bar, bars[1]
-
-  decay_dot, initial_dot, input_dot = tangents
-  given = decay_dot.value, initial_dot, input_dot.astype(states.dtype), 0 * last
-  # One barrier, so that all are unknown to the system if one is.
-  given = jax.lax.optimization_barrier(given)
-  solution = jax.lax.custom_linear_solve(
-    product, given, solve, solve_transposed
+  input_dot = input_dot.astype(states.dtype)
+  input_dot += driven(initial, states, decay_dot.value)
+  first = steps.first(plan, decay).effective()[:, 0]
+  first *= steps.for_first(plan, initial_dot)
+  place = -1 if plan.down else 0
+  input_dot = input_dot.at[:, place].add(first)
+  states_dot = jax.lax.custom_linear_solve(
+    product, input_dot, solve, solve_transposed
   )
-  return (states, last), solution[2:]
+  return (states, last), (states_dot, steps.edge(plan.down, states_dot))
 
 
 def _for_platform(plan, function, *arrays):
