@@ -50,7 +50,8 @@ def linear_recurrence(
   `'pallas'` is a kernel for TPUs that reads and writes each number once; it does
   not split over devices by itself, only within `jax.shard_map`, and where there
   is no TPU it is interpreted, slowly (in `jax.shard_map` then with
-  `check_vma=False`). `'auto'` is `fastest_method` of the platform that the program is compiled for.
+  `check_vma=False`). `'auto'` is `fastest_method` of the platform that the
+  program is compiled for.
 
   Derivatives of any order and mode exist. Backward runs `s_t = g_t + a_(t+1)
   s_(t+1)` for the gradient g of the states; then s is the gradient of b, and
