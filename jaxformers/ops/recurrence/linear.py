@@ -49,15 +49,15 @@ def linear_recurrence(
   `'chunked'` builds such trees within chunks, and goes from chunk to chunk.
   `'pallas'` is a kernel for TPUs that reads and writes each number once; it does
   not split over devices by itself, only within `jax.shard_map`, and where there
-  is no TPU it is interpreted, slowly.
-  `'auto'` is `fastest_method` of the platform that the program is compiled for.
+  is no TPU it is interpreted, slowly (in `jax.shard_map` then with
+  `check_vma=False`). `'auto'` is `fastest_method` of the platform that the
+  program is compiled for.
 
   Derivatives of any order and mode exist. Backward runs `s_t = g_t + a_(t+1)
   s_(t+1)` for the gradient g of the states; then s is the gradient of b, and
-  `s_t h_(t-1)` that of a. Decays and states are all that is kept for it. A decay
-  that is the same for many steps, rows or numbers is not copied to each of them
-  (but `'associative'` has one for each step), and its gradient is added up on
-  the way.
+  `s_t h_(t-1)` that of a. Decays and states are all that is kept for it. Neither
+  a decay that is the same for many steps, rows or numbers nor its gradient is
+  copied to each of them (but `'associative'` has one decay for each step).
 
   Never compute this as `p cumsum(b / p)` with `p = cumprod(a)`: in float32 that
   is nan at |a| = 0.99 after 65536 steps, and off in the fourth digit after 4096.

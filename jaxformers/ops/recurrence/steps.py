@@ -17,7 +17,7 @@ class Plan(NamedTuple):
   """How to go through the steps.
 
   Attributes:
-    method: one that `linear_recurrence` offers, but `'auto'`.
+    method: one that `linear_recurrence` offers.
     size: steps at once.
     down: whether from the end.
     axis: of the mesh along which steps are split, if they are.
