@@ -6,7 +6,7 @@ what hosts exchange through a network. All must take the steps of one device, up
 to the order in which float32 numbers are added.
 
 Run: python scripts/mesh_matrix.py --save
-Time: about 5 minutes on 2 CPU cores.
+Time: about 8 minutes on 2 CPU cores.
 """
 
 import argparse

@@ -325,22 +325,32 @@ def _settle(failure: Exception | None) -> None:
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-  """Says what the loss of another process means, where JAX reports it.
+  """Says what the loss of another process means, where something reports it.
 
   Raises:
-    ProcessLost: in place of JAX's error.
+    ProcessLost: in place of an error of JAX or of what failed because of it,
+      such as a checkpoint.
   """
   try:
     yield
-  except jax.errors.JaxRuntimeError as error:
-    if not (several() and _BROKEN.search(str(error))):
+  except Exception as error:
+    reason = _loss(error) if several() else None
+    if reason is None:
       raise
-    reason = str(error).splitlines()[0][:200]
     raise ProcessLost(
       f'the connection to another process is lost ({reason}). It has probably '
       'died: see what it said last. Start all processes again with the same '
       'command, and the run goes on from its newest checkpoint.'
     ) from error
+
+
+def _loss(error: BaseException | None) -> str | None:
+  """Returns what an error or its causes say of a lost process, if they do."""
+  while error is not None:
+    if _BROKEN.search(str(error)):
+      return str(error).splitlines()[0][:200]
+    error = error.__cause__ or error.__context__
+  return None
 
 
 def leave(status: int) -> NoReturn:
