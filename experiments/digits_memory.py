@@ -16,8 +16,9 @@ Space Models", 2022, arXiv 2206.11893 (there: sequential CIFAR and the Long Rang
 Arena); for the effect of short time constants: Orvieto et al., "Resurrecting
 Recurrent Neural Networks for Long Sequences", 2023, arXiv 2303.06349.
 Run: `pip install scikit-learn`, `jaxformers reproduce experiments/digits_memory.py`
-Expected: an accuracy of at least 0.85 on held-out digits with each start for long
-memory, and of at most 0.2, about chance, with short memory. Both bounds were fixed
+Expected: accuracies of 0.93 to 0.96 with complex modes and a long memory (S4D,
+S4, S5, RTF, LRU), and of 0.08, below chance, with a short one. Not reproduced: with
+real modes alone S4D has 0.20 and Mamba 0.08. Each bound, 0.85 and 0.2, was fixed
 before anything was measured. Attention is not judged.
 Time: about 1 minute per variant and seed on 2 CPU cores.
 """
