@@ -22,7 +22,8 @@ TOY = (
   'steps=2', 'batch_size=8', 'model.width=16', 'model.stack.depth=1',
   'model.stack.block.mixer.num_heads=2', 'data.length=16',
   'model.stack.block.feedforward.hidden=16', 'evaluate_batches=1',
-  'baseline=None', 'preview.tokens=3', 'mesh.data=8',
+  'model.stack.block.mixer.num_kv_heads=None', 'model.vocab_size=256',
+  'baseline=None', 'preview.tokens=3', 'mesh.data=8', 'mesh.fsdp=1',
 )  # fmt: skip
 TOY_STUDIES = {
   'attention_concentration': (

@@ -212,7 +212,7 @@ def trained(monkeypatch):
 
   def train(experiment, workdir):
     calls.append((experiment.steps, workdir))
-    return types.SimpleNamespace(variables={}, step=experiment.steps)
+    return types.SimpleNamespace(variables={}, result={}, step=experiment.steps)
 
   monkeypatch.setattr('jaxformers.train.workspace.train', train)
   return calls
