@@ -346,9 +346,11 @@ def explained() -> Iterator[None]:
 
 def _loss(error: BaseException | None) -> str | None:
   """Returns what an error or its causes say of a lost process, if they do."""
-  while error is not None:
+  seen = set()
+  while error is not None and id(error) not in seen:  # A cause may be circular.
     if _BROKEN.search(str(error)):
       return str(error).splitlines()[0][:200]
+    seen.add(id(error))
     error = error.__cause__ or error.__context__
   return None
 
