@@ -24,6 +24,7 @@ from jaxformers.aot.report import Report
 from jaxformers.aot.report import Traffic
 from jaxformers.train.experiment import Experiment
 from jaxformers.train.flops import matmul_flops
+from jaxformers.train.flops import programs_in
 from jaxformers.train.holdings import holdings
 from jaxformers.train.program import abstract_batch
 from jaxformers.train.program import abstract_state
@@ -146,7 +147,7 @@ def compile_step(
     seconds_to_compile=seconds,
   )
   if error is not None:
-    return Report(**facts, **_exhausted(str(error), topology))
+    return Report(**facts, **_exhausted(str(error), topology, traced.jaxpr))
   return Report(**facts, **_measured(compiled, topology))
 
 
@@ -282,12 +283,14 @@ def _place(source: str) -> str:
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40, '': 1}
 
 
-def _exhausted(message: str, topology: Topology):
+def _exhausted(message: str, topology: Topology, program: Any = None):
   """Reads what the compiler says about memory that does not suffice."""
-  used = re.search(r'Used ([\d.]+)([KMGT]?) of', message)
+  number = r'([\d.]+)([KMGT]?)'
+  used = re.search(rf'Used {number} of', message)
+  used = used or re.search(rf'temporaries \({number}\) exceeds', message)
   peak = float(used[1]) * _UNITS[used[2]] if used else topology.chip.memory + 1
   entries = re.findall(
-    r'Size: ([\d.]+)([KMGT]?).*?\n(?:\s+Operator: op_name="([^"]*)".*?\n)?'
+    rf'Size: {number}.*?\n(?:\s+Operator: op_name="([^"]*)".*?\n)?'
     r'\s+Shape: (\S+)',
     message,
   )
@@ -297,6 +300,8 @@ def _exhausted(message: str, topology: Topology):
     )
     for n, u, name, shape in entries
   ]
+  if not buffers and program is not None:
+    buffers = _largest_results(program)
   return dict(
     fits=False,
     peak_bytes=peak,
@@ -304,3 +309,24 @@ def _exhausted(message: str, topology: Topology):
     memory_traffic=0.0,
     traffic=(),
   )
+
+
+def _largest_results(program: Any) -> list[Part]:
+  """Returns the largest arrays that a program makes, over all devices."""
+  found = {}
+
+  def visit(jaxpr):
+    for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
+      for variable in equation.outvars:
+        shape = variable.aval
+        if hasattr(shape, 'size') and hasattr(shape.dtype, 'itemsize'):
+          name = (
+            f'{shape.str_short()} {equation.primitive.name}, over all devices'
+          )
+          found[name] = float(shape.size * shape.dtype.itemsize)
+      for inner in programs_in(equation.params):
+        visit(inner)
+
+  visit(program)
+  parts = [Part(name, size) for name, size in found.items()]
+  return sorted(parts, key=lambda part: -part.bytes)

@@ -91,14 +91,18 @@ def _flops(eqn: Any) -> int:
     kernel = eqn.invars[1].aval
     outputs = kernel.shape[eqn.params['dimension_numbers'].rhs_spec[0]]
     return 2 * eqn.outvars[0].aval.size * (kernel.size // max(outputs, 1))
-  inner = [matmul_flops(program) for program in _programs(eqn.params)]
+  inner = [matmul_flops(program) for program in programs_in(eqn.params)]
   if eqn.primitive.name == 'cond':
     return max(inner)
   return _repeats(eqn) * sum(inner)
 
 
-def _programs(params: dict[str, Any]) -> list[Any]:
-  """Returns the programs among the parameters of an equation."""
+def programs_in(params: dict[str, Any]) -> list[Any]:
+  """Returns the programs among the parameters of an equation.
+
+  Args:
+    params: of a traced equation.
+  """
   is_program = lambda leaf: hasattr(leaf, 'eqns') or hasattr(leaf, 'jaxpr')
   leaves = jax.tree.leaves(params, is_leaf=is_program)
   return [leaf for leaf in leaves if is_program(leaf)]

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxformers.aot import CHIPS
@@ -94,6 +96,20 @@ def test_the_compiler_is_understood_when_memory_runs_out():
   assert found['peak_bytes'] == 24.01 * 2**30
   [part] = found['buffers']
   assert part == Part('bf16[24,4,4096,2048] dot_general', 1.5 * 2**30)
+
+
+def test_a_compiler_that_names_no_arrays_is_helped():
+  message = (
+    'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required '
+    'for HLO temporaries (727.35G) exceeds available HBM (15.75G).'
+  )
+  program = jax.make_jaxpr(lambda x: jnp.sum(jax.lax.map(jnp.sin, x)))
+  found = _exhausted(
+    message, Topology.parse('v5e:2x2'), program(jnp.ones((4, 8)))
+  )
+  assert found['peak_bytes'] == 727.35 * 2**30
+  assert found['buffers'][0] == Part('float32[4,8] scan, over all devices', 128)
+  assert found['buffers'][1] == Part('float32[8] sin, over all devices', 32)
 
 
 def test_topologies_are_read_and_written():
