@@ -5,7 +5,7 @@ trains: 24 layers of width 2048, bfloat16 products, rows of 4096 bytes.
 
 Run: `jaxformers train experiments/lm_1b.py`, on every host of the machine; first
 `jaxformers compile experiments/lm_1b.py --topology v5e:8x8`, on any computer.
-Expected: what the second command prints is kept in `launch/reports`. It has not
+Expected: it fits; `launch/expected` holds its memory and collectives. It has not
 been trained.
 """
 

@@ -9,7 +9,7 @@ Run: `jaxformers train experiments/lm_8b.py --set data.path=TEXT
 --set 'data.tokenizer=HuggingFaceTokenizer(path="tokenizer.json")'`, on every host
 of the machine; first `jaxformers compile experiments/lm_8b.py
 --topology v5p:4x8x8`, on any computer.
-Expected: what the second command prints is kept in `launch/reports`. It has not
+Expected: it fits; `launch/expected` holds its memory and collectives. It has not
 been trained.
 """
 

@@ -147,7 +147,8 @@ def compile_step(
     seconds_to_compile=seconds,
   )
   if error is not None:
-    return Report(**facts, **_exhausted(str(error), topology, traced.jaxpr))
+    found = _exhausted(str(error), topology, traced.jaxpr, kept)
+    return Report(**facts, **found)
   return Report(**facts, **_measured(compiled, topology))
 
 
@@ -283,12 +284,20 @@ def _place(source: str) -> str:
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40, '': 1}
 
 
-def _exhausted(message: str, topology: Topology, program: Any = None):
+def _exhausted(
+  message: str,
+  topology: Topology,
+  program: Any = None,
+  kept: tuple[Part, ...] = (),
+):
   """Reads what the compiler says about memory that does not suffice."""
   number = r'([\d.]+)([KMGT]?)'
   used = re.search(rf'Used {number} of', message)
-  used = used or re.search(rf'temporaries \({number}\) exceeds', message)
-  peak = float(used[1]) * _UNITS[used[2]] if used else topology.chip.memory + 1
+  peak = topology.chip.memory + 1  # So much at least.
+  if used:
+    peak = float(used[1]) * _UNITS[used[2]]
+  elif used := re.search(rf'temporaries \({number}\) exceeds', message):
+    peak = float(used[1]) * _UNITS[used[2]] + sum(part.bytes for part in kept)
   entries = re.findall(
     rf'Size: {number}.*?\n(?:\s+Operator: op_name="([^"]*)".*?\n)?'
     r'\s+Shape: (\S+)',

@@ -158,17 +158,23 @@ class Module:
 
   def walk(self) -> Iterator[tuple[str, Instruction, int]]:
     """Yields computation, instruction and how often it runs; not in fusions."""
-    yield from self._walk(self.entry, 1)
+    yield from self._walk(self.entry, 1, into_fusions=False)
 
-  def _walk(self, name, times):
+  def _walk(self, name, times, *, into_fusions):
     for instruction in self.computations[name].values():
       yield name, instruction, times
+      inner = times
       if instruction.opcode == 'while':
         inner = times * self.rounds(instruction)
-        yield from self._walk(instruction.attribute('body'), inner)
+        callees = [instruction.attribute('body')]
+      elif instruction.opcode == 'fusion' and into_fusions:
+        callees = [instruction.attribute('calls')]
       elif instruction.opcode in ('call', 'conditional', 'async-start'):
-        for callee in self._callees(instruction):
-          yield from self._walk(callee, times)
+        callees = self._callees(instruction)
+      else:
+        continue
+      for callee in callees:
+        yield from self._walk(callee, inner, into_fusions=into_fusions)
 
   def _callees(self, instruction):
     """Returns computations that run by themselves: no fusions, no reducers."""
@@ -215,7 +221,8 @@ class Module:
     # One collective may be spread over several fusions, which share its
     # channel: of those the largest counts.
     found = {}
-    for computation, times, instruction in self._all(self.entry, 1):
+    everywhere = self._walk(self.entry, 1, into_fusions=True)
+    for computation, instruction, times in everywhere:
       if found_far := self._far(instruction, times, islands):
         found[instruction.name] = found_far
       kind = instruction.opcode.removesuffix('-start')
@@ -232,20 +239,6 @@ class Module:
         sent = size * _SENT[kind](group)
         found[key] = Collective(kind, size, sent, group, crosses)
     return [c for c in found.values() if c.group > 1]
-
-  def _all(self, name, times):
-    """Yields where, how often and what, for all instructions, fused too."""
-    for instruction in self.computations[name].values():
-      yield name, times, instruction
-      opcode = instruction.opcode
-      if opcode == 'while':
-        inner = times * self.rounds(instruction)
-        yield from self._all(instruction.attribute('body'), inner)
-      elif opcode == 'fusion':
-        yield from self._all(instruction.attribute('calls'), times)
-      elif opcode in ('call', 'conditional', 'async-start'):
-        for callee in self._callees(instruction):
-          yield from self._all(callee, times)
 
   def _far(self, instruction, times, islands):
     """Returns the collective between slices that an instruction sends.

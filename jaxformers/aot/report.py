@@ -148,8 +148,6 @@ class Report:
         f'parameters and optimiser alone take {readable(kept)}: share them out '
         'among more devices (--mesh fsdp=..., tensor=...)'
       )
-    elif any(part.name.startswith('saved for') for part in self.buffers):
-      advice = "recompute more (--set model.stack.remat='nothing_saveable')"
     else:
       advice = (
         'most is activations: recompute them (--set model.stack.remat='

@@ -38,15 +38,32 @@ def candidates(
       mesh = MeshShape(
         data=data, fsdp=left // data, tensor=tensor, dcn=topology.slices
       )
-      for remat in REMAT:
+      for remat in REMAT if has_remat(experiment) else (None,):
         yield _with(experiment, mesh, remat)
+
+
+def has_remat(experiment: Experiment) -> bool:
+  """Returns whether a model says what its backward pass keeps.
+
+  Args:
+    experiment: the run.
+  """
+  return hasattr(getattr(experiment.model, 'stack', None), 'remat')
+
+
+def remat_of(experiment: Experiment) -> str | None:
+  """Returns the policy of recomputation of a model; None without.
+
+  Args:
+    experiment: the run.
+  """
+  return experiment.model.stack.remat if has_remat(experiment) else None
 
 
 def _with(experiment, mesh, remat):
   model = experiment.model
-  stack = getattr(model, 'stack', None)
-  if stack is not None and hasattr(stack, 'remat'):
-    model = model.clone(stack=stack.clone(remat=remat))
+  if has_remat(experiment):
+    model = model.clone(stack=model.stack.clone(remat=remat))
   return dataclasses.replace(experiment, mesh=mesh, model=model)
 
 

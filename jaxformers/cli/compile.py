@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxformers.cli import experiment_file
 from jaxformers.cli.train import add_settings
+from jaxformers.cli.train import experiment_from
 
 HELP = """\
 compile a step for a TPU or GPU machine, without having it
@@ -176,9 +177,11 @@ def _search(
 ) -> list[Any]:
   """Compiles all candidates, saying how each did, and returns them ranked."""
   from jaxformers.aot.search import candidates
+  from jaxformers.aot.search import has_remat
   from jaxformers.aot.search import ranking
+  from jaxformers.aot.search import remat_of
 
-  experiment = _experiment(arguments)
+  experiment = experiment_from(arguments)
   tried = list(candidates(experiment, topology))
   if not tried:
     raise ValueError(
@@ -187,8 +190,10 @@ def _search(
     )
   reports = []
   for number, candidate in enumerate(tried, 1):
-    mesh, remat = candidate.mesh, candidate.model.stack.remat
-    extra = [f'mesh={mesh!r}', f'model.stack.remat={remat!r}']
+    mesh, remat = candidate.mesh, remat_of(candidate)
+    extra = [f'mesh={mesh!r}']
+    if has_remat(candidate):
+      extra.append(f'model.stack.remat={remat!r}')
     try:
       report = _apart(arguments, variables, extra)
     except ValueError as error:
@@ -211,22 +216,13 @@ def _line(report: Any, remat: str | None) -> str:
   return f'{axes} remat={remat}: {report.verdict().partition(";")[0]}{time}'
 
 
-def _experiment(arguments: argparse.Namespace) -> Any:
-  module = experiment_file.load(arguments.file)
-  from jaxformers.train.override import override_all
-
-  experiment = experiment_file.experiment_of(module)
-  classes = experiment_file.classes_with(module)
-  return override_all(experiment, arguments.settings, classes)
-
-
 def _work(arguments: argparse.Namespace) -> None:
   """Compiles in this process, whose environment is set up for it."""
   from jaxformers.aot.compile import compile_step
   from jaxformers.aot.hardware import Topology
 
   report = compile_step(
-    _experiment(arguments),
+    experiment_from(arguments),
     Topology.parse(arguments.topology),
     step=arguments.step,
     length=arguments.length,

@@ -156,7 +156,7 @@ def run(arguments: argparse.Namespace) -> int:
   if arguments.show:
     from jaxformers.train import record
 
-    experiment = _experiment(arguments)
+    experiment = experiment_from(arguments)
     print(*record.tree(record.to_record(experiment)), sep='\n')
     return 0
   from jaxformers.train import distributed
@@ -170,7 +170,7 @@ def run(arguments: argparse.Namespace) -> int:
     heartbeat_timeout=arguments.heartbeat_timeout,
   )
   with distributed.agreement():
-    experiment = _experiment(arguments)
+    experiment = experiment_from(arguments)
   if arguments.placement:
     from jaxformers.train.holdings import holdings_table
     from jaxformers.train.program import abstract_state
@@ -186,8 +186,15 @@ def run(arguments: argparse.Namespace) -> int:
   return arguments.left_status if state is None else 0
 
 
-def _experiment(arguments: argparse.Namespace) -> Any:
-  """Returns the experiment of the file with the settings of `--set`."""
+def experiment_from(arguments: argparse.Namespace) -> Any:
+  """Returns the experiment of a file with the settings of `--set`.
+
+  Args:
+    arguments: As parsed, with `file` and `settings`.
+
+  Raises:
+    ValueError: If the file or a setting is wrong.
+  """
   module = experiment_file.load(arguments.file)
   from jaxformers.train.override import override_all
 

@@ -6,9 +6,11 @@ parameter are inputs and which are outputs.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import math
 from typing import Literal, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 
 @runtime_checkable
@@ -69,3 +71,29 @@ class Normal:
   def __call__(self, in_axis, out_axis):
     del in_axis, out_axis
     return jax.nn.initializers.normal(self.stddev)
+
+
+TORCH = VarianceScaling(1 / 3, 'fan_in', 'uniform')
+"""PyTorch's default: uniform within one over the root of the fan."""
+
+
+def softplus_steps(
+  key: jax.Array,
+  shape: Sequence[int],
+  step_range: tuple[float, float],
+  floor: float,
+) -> jax.Array:
+  """Draws what a softplus makes random step sizes of.
+
+  Source: Gu and Dao, "Mamba", 2023, arXiv 2312.00752, section 3.6.
+
+  Args:
+    key: randomness.
+    shape: of the result.
+    step_range: steps are uniform in their logarithm within this.
+    floor: smaller steps become this.
+  """
+  low, high = map(math.log, step_range)
+  steps = jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high))
+  steps = jnp.maximum(steps, floor)
+  return steps + jnp.log(-jnp.expm1(-steps))

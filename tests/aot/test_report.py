@@ -19,6 +19,7 @@ from jaxformers.aot.report import Part
 from jaxformers.aot.report import Traffic
 from jaxformers.models import LanguageModel
 from jaxformers.nn import Block
+from jaxformers.nn import FeedForward
 from jaxformers.nn import Stack
 from jaxformers.nn.mixers import Attention
 from jaxformers.train import Experiment
@@ -108,6 +109,9 @@ def test_a_compiler_that_names_no_arrays_is_helped():
     message, Topology.parse('v5e:2x2'), program(jnp.ones((4, 8)))
   )
   assert found['peak_bytes'] == 727.35 * 2**30
+  kept = (Part('params in all', 2**30),)
+  more = _exhausted(message, Topology.parse('v5e:2x2'), None, kept)
+  assert more['peak_bytes'] == 728.35 * 2**30
   assert found['buffers'][0] == Part('float32[4,8] scan, over all devices', 128)
   assert found['buffers'][1] == Part('float32[8] sin, over all devices', 32)
 
@@ -163,3 +167,10 @@ def test_candidates_share_out_all_devices_and_rows():
   assert {c.model.stack.remat for c in found} == {
     None, 'dots_with_no_batch_dims_saveable', 'nothing_saveable',
   }  # fmt: skip
+
+
+def test_a_model_without_a_stack_is_tried_on_meshes_alone():
+  experiment = Experiment(model=FeedForward(hidden=8), batch_size=16)
+  found = list(candidates(experiment, Topology.parse('v5e:2x2')))
+  assert len({c.mesh for c in found}) == len(found) > 1
+  assert all(c.model == experiment.model for c in found)

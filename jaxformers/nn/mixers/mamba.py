@@ -1,6 +1,5 @@
 """Mamba: a state-space model whose steps, inputs and readouts are selected."""
 
-import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -9,8 +8,9 @@ from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from jaxformers.nn.init import TORCH
 from jaxformers.nn.init import Initializer
-from jaxformers.nn.init import VarianceScaling
+from jaxformers.nn.init import softplus_steps
 from jaxformers.nn.linear import Linear
 from jaxformers.nn.mixers.base import locate
 from jaxformers.nn.mixers.short import ShortConvolution
@@ -19,9 +19,6 @@ from jaxformers.ops import segments
 from jaxformers.ops.recurrence import Discretization
 from jaxformers.ops.recurrence import SelectiveMethod
 from jaxformers.ops.recurrence import selective_recurrence
-
-TORCH = VarianceScaling(1 / 3, 'fan_in', 'uniform')
-"""PyTorch's default: uniform within one over the root of the fan."""
 
 
 class MambaState(NamedTuple):
@@ -179,11 +176,7 @@ class Mamba(nn.Module):
     return step(step_BLR), b_BLS, c_BLS
 
   def _step_bias(self, key, shape):
-    """Returns the inverse softplus of random steps."""
-    low, high = map(math.log, self.step_range)
-    step_F = jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high))
-    step_F = jnp.maximum(step_F, self.step_floor)
-    return step_F + jnp.log(-jnp.expm1(-step_F))
+    return softplus_steps(key, shape, self.step_range, self.step_floor)
 
   def _rank(self, width):
     return -(-width // 16) if self.rank is None else self.rank

@@ -9,8 +9,9 @@ from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from jaxformers.nn.init import TORCH
 from jaxformers.nn.init import Initializer
-from jaxformers.nn.init import VarianceScaling
+from jaxformers.nn.init import softplus_steps
 from jaxformers.nn.linear import Linear
 from jaxformers.nn.mixers.base import locate
 from jaxformers.nn.mixers.short import ShortConvolution
@@ -19,9 +20,6 @@ from jaxformers.nn.norm import RMSNorm
 from jaxformers.ops import segments
 from jaxformers.ops.recurrence import Method
 from jaxformers.ops.recurrence import ssd
-
-TORCH = VarianceScaling(1 / 3, 'fan_in', 'uniform')
-"""PyTorch's default: uniform within one over the root of the fan."""
 
 
 class Mamba2State(NamedTuple):
@@ -209,11 +207,7 @@ class Mamba2(nn.Module):
     return jnp.log(jax.random.uniform(key, shape, minval=low, maxval=high))
 
   def _step_bias(self, key, shape):
-    """Returns the inverse softplus of random steps."""
-    low, high = map(math.log, self.step_range)
-    step = jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high))
-    step = jnp.maximum(step, self.step_floor)
-    return step + jnp.log(-jnp.expm1(-step))
+    return softplus_steps(key, shape, self.step_range, self.step_floor)
 
   def _linear(self, name, letters, features, initializer=None):
     initializer = initializer or self.initializer

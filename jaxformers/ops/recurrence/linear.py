@@ -11,6 +11,7 @@ from jaxtyping import Bool, Inexact
 import numpy as np
 
 from jaxformers.ops.recurrence import steps
+from jaxformers.ops.recurrence.varying import varying_alike
 
 CHUNK = 128
 """Steps per chunk, where nothing else is said."""
@@ -203,7 +204,7 @@ def _prepared(axis, decay, input, initial, reset, skip, reverse, method, chunk):
   decay = decay.reshape((1,) * (input.ndim - decay.ndim) + decay.shape)
   decay = steps.Decay(decay, reset, skip)
   arrays = decay, initial.astype(dtype), input
-  return _recurrence(plan, *_varying_alike(arrays))
+  return _recurrence(plan, *varying_alike(arrays))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -265,15 +266,6 @@ def _for_platform(plan, function, *arrays):
     return functools.partial(function, plan._replace(method=method, size=size))
 
   return jax.lax.platform_dependent(*arrays, cpu=by('cpu'), default=by('tpu'))
-
-
-def _varying_alike(arrays):
-  """Lets arrays vary over the same axes of a mesh, within `jax.shard_map`."""
-  varying = lambda x: jax.typeof(x).manual_axis_type.varying
-  axes = frozenset().union(*map(varying, jax.tree.leaves(arrays)))
-  return jax.tree.map(
-    lambda x: jax.lax.pcast(x, tuple(axes - varying(x)), to='varying'), arrays
-  )
 
 
 def _plan(method, chunk, length, reverse, axis):

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from jaxformers.ops.recurrence import decay
 from jaxformers.ops.recurrence import outer_chunks
 from jaxformers.ops.recurrence.outer_chunks import Steps
+from jaxformers.ops.recurrence.varying import varying_alike
 
 Method = Literal['auto', 'chunked', 'parallel_chunks', 'recurrent', 'parallel']
 
@@ -155,7 +156,7 @@ def sharded_outer_recurrence(
   zero_BHKV = _zero_state(key_BLGK, value_BLHV, dtype)
   if initial_BHKV is None:
     initial_BHKV = zero_BHKV
-  zero_BHKV, initial_BHKV, steps = _varying_alike(
+  zero_BHKV, initial_BHKV, steps = varying_alike(
     (
       zero_BHKV,
       initial_BHKV.astype(dtype),
@@ -212,7 +213,7 @@ def _run(method, chunk, before, state, steps):
     size = _chunk_length(method, chunk, steps)
     return functools.partial(RUNS[method], before, size)
 
-  state, steps = _varying_alike((state, steps))
+  state, steps = varying_alike((state, steps))
   if method != 'auto':
     return by(method)(state, steps)
   return jax.lax.platform_dependent(
@@ -230,15 +231,6 @@ def _own(query, key, value, bonus_HK):
 def _zero_state(key, value, dtype):
   batch, _, _, width = key.shape
   return jnp.zeros((batch, value.shape[2], width, value.shape[3]), dtype)
-
-
-def _varying_alike(tree):
-  """Lets arrays vary over the same axes of a mesh, within `jax.shard_map`."""
-  varying = lambda x: jax.typeof(x).manual_axis_type.varying
-  axes = frozenset().union(*map(varying, jax.tree.leaves(tree)))
-  return jax.tree.map(
-    lambda x: jax.lax.pcast(x, tuple(axes - varying(x)), to='varying'), tree
-  )
 
 
 def _per_step(log_decay, length, dtype):

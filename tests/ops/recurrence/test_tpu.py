@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from jaxformers.aot import Topology
+from jaxformers.aot import environment
+
 PROGRAM = """
 import functools, jax, jax.numpy as jnp
 from jax.experimental import topologies
@@ -51,17 +54,9 @@ print('compiled')
 
 def test_the_kernel_compiles_for_tpus_forwards_and_backwards():
   pytest.importorskip('libtpu')
-  environment = os.environ | {
-    'JAX_PLATFORMS': 'cpu',
-    'TPU_SKIP_MDS_QUERY': '1',
-    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-    'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
-    'TPU_WORKER_HOSTNAMES': 'localhost',
-    'TPU_WORKER_ID': '0',
-  }
   process = subprocess.run(
     [sys.executable, '-c', PROGRAM],
-    env=environment,
+    env=os.environ | environment(Topology.parse('v5e:2x2')),
     capture_output=True,
     text=True,
     check=False,
