@@ -338,3 +338,33 @@ def test_sign_dropout_keeps_one_sign_and_its_mean():
 def test_directions_are_those_of_torchjd_0_18_0(name, u, tolerance):
   g = [[2, 0, 1], [-1, 1, 0.5], [0.5, -2, 3]]
   np.testing.assert_allclose(direction(name, g), u, atol=tolerance)
+
+
+def exact_projector():
+  return pytest.importorskip('torchjd.linalg').QuadprogProjector(reg_eps=1e-10)
+
+
+@pytest.mark.parametrize(
+  ('name', 'peer', 'tolerance'),
+  [
+    # Frank-Wolfe steps come near at 1 / their number.
+    ('mgda', lambda a: a.MGDA(epsilon=1e-12, max_iters=5000), 1e-2),
+    ('cagrad', lambda a: a.CAGrad(c=0.5), 1e-3),
+    ('imtl_g', lambda a: a.IMTLG(), 1e-6),
+    ('aligned', lambda a: a.AlignedMTL(), 1e-6),
+    ('config', lambda a: a.ConFIG(), 1e-6),
+    ('upgrad', lambda a: a.UPGrad(projector=exact_projector()), 1e-5),
+  ],
+)
+@pytest.mark.filterwarnings('ignore')
+def test_directions_are_those_of_torchjd(name, peer, tolerance):
+  torch = pytest.importorskip('torch', reason="needs the extra 'peers'")
+  peer = peer(pytest.importorskip('torchjd.aggregation'))
+  for seed in range(20):
+    g = some(seed)
+    expected = peer(torch.as_tensor(g)).numpy()
+    np.testing.assert_allclose(
+      direction(name, g),
+      expected,
+      atol=tolerance * np.linalg.norm(expected),
+    )
