@@ -23,6 +23,7 @@ os.environ['JAXFORMERS_CACHE'] = os.path.join(os.environ[_CACHE], 'data')
 gc.set_threshold(100_000, 50, 100)
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
 _WORKER = os.environ.get('PYTEST_XDIST_WORKER', 'alone')
@@ -45,9 +46,30 @@ def pytest_addoption(parser):
   )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-  if not config.getoption('--thin'):
-    return
+  if config.getoption('--thin'):
+    keep_thin(config, items)
+  # One worker runs all tests of a file, as they share what is compiled, unless
+  # the file says how to split it. Those of experiments are processes of their own.
+  for item in items:
+    if group_of(item) is None and item.path.parent.name != 'experiments':
+      item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_runtest_teardown(item, nextitem):
+  # Compiled programs would take gigabytes in the end.
+  if _WORKER != 'alone' and nextitem and group_of(item) != group_of(nextitem):
+    jax.clear_caches()
+    gc.collect()
+
+
+def group_of(item):
+  mark = item.get_closest_marker('xdist_group')
+  return mark and mark.args[0]
+
+
+def keep_thin(config, items):
   cases = {}
   for item in items:
     cases.setdefault(item.nodeid.split('[')[0], []).append(item)
