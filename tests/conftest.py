@@ -54,7 +54,8 @@ def pytest_collection_modifyitems(config, items):
   # the file says how to split it. Those of experiments are processes of their own.
   for item in items:
     if group_of(item) is None and item.path.parent.name != 'experiments':
-      item.add_marker(pytest.mark.xdist_group(item.path.stem))
+      group = f'{item.path.parent.name}_{item.path.stem}'
+      item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_runtest_teardown(item, nextitem):

@@ -133,7 +133,8 @@ class RWKV4ChannelMixing(nn.Module):
 
   `sigmoid(r) * (relu(k)^2 W_value)`, where r and k are linear in mixtures of
   each token with the one before it. Since it remembers a token it has a state,
-  and stands in a `Block` as its mixer.
+  and stands in a `Block` as its mixer. That of RWKV-5 and RWKV-6 is the same;
+  their code stores the shares of the token before.
 
   Source: Peng et al., "RWKV", 2023, arXiv 2305.13048, section 3.1;
   initial values as for `RWKV4`.
