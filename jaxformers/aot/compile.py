@@ -22,6 +22,7 @@ from jaxformers.aot.hlo import Module
 from jaxformers.aot.report import Part
 from jaxformers.aot.report import Report
 from jaxformers.aot.report import Traffic
+from jaxformers.aot.search import remat_of
 from jaxformers.train.experiment import Experiment
 from jaxformers.train.flops import matmul_flops
 from jaxformers.train.flops import programs_in
@@ -145,6 +146,7 @@ def compile_step(
     model_flops=_model_flops(experiment, mesh, step, flops) / devices,
     tokens=_tokens(experiment, step),
     seconds_to_compile=seconds,
+    remat=remat_of(experiment),
   )
   if error is not None:
     found = _exhausted(str(error), topology, traced.jaxpr, kept)

@@ -64,6 +64,8 @@ class Report:
     seconds_to_compile: on the machine that compiled it.
     copied_whole: how often the compiler said that it had to copy an array to
       all devices because it knew no way from one placement to another.
+    remat: what the stack keeps for the backward pass, see `nn.Stack`; None for
+      all, or where there is no stack.
   """
 
   program: str
@@ -81,6 +83,7 @@ class Report:
   tokens: int
   seconds_to_compile: float
   copied_whole: int = 0
+  remat: str | None = None
 
   @classmethod
   def from_json(cls, tree: dict[str, Any]) -> 'Report':
@@ -166,9 +169,10 @@ def table(report: Report) -> str:
   machine, mesh = report.machine, report.mesh
   axes = ' '.join(f'{k}={n}' for k, n in mesh.items() if n > 1) or 'one device'
   versions = ', '.join(f'{k} {v}' for k, v in report.versions.items())
+  remat = f', remat={report.remat}' if report.remat else ''
   lines = [
     f'{report.program} step on {report.topology} ({machine.devices} devices, '
-    f'{axes})',
+    f'{axes}{remat})',
     f'compiled in {report.seconds_to_compile:.1f} s by {versions}',
     '',
     report.verdict(),

@@ -1,19 +1,24 @@
 """Which meshes and recomputation policies are worth trying."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import types
 
 from jaxformers.aot.hardware import Topology
 from jaxformers.aot.report import Report
 from jaxformers.train.experiment import Experiment
 from jaxformers.train.sharding import MeshShape
 
-REMAT = None, 'dots_with_no_batch_dims_saveable', 'nothing_saveable'
-"""Policies, from most memory and least work to the opposite."""
+REMAT = 'nothing_saveable', 'dots_with_no_batch_dims_saveable', None
+"""Policies, from least memory and most work to the opposite."""
 
 
 def candidates(
-  experiment: Experiment, topology: Topology, *, most_tensor: int = 16
+  experiment: Experiment,
+  topology: Topology,
+  *,
+  most_tensor: int = 16,
+  fixed: Mapping[str, int] = types.MappingProxyType({}),
 ) -> Iterator[Experiment]:
   """Yields the experiment with other meshes and recomputation.
 
@@ -25,6 +30,7 @@ def candidates(
     experiment: what is to fit.
     topology: the machine.
     most_tensor: how far heads and hidden units are cut at most.
+    fixed: sizes of axes that are not searched.
   """
   per_slice = topology.devices // topology.slices
   for tensor in _powers(min(most_tensor, per_slice)):
@@ -38,6 +44,8 @@ def candidates(
       mesh = MeshShape(
         data=data, fsdp=left // data, tensor=tensor, dcn=topology.slices
       )
+      if any(getattr(mesh, axis) != size for axis, size in fixed.items()):
+        continue
       for remat in REMAT if has_remat(experiment) else (None,):
         yield _with(experiment, mesh, remat)
 

@@ -61,7 +61,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     '--mesh',
     metavar='AXIS=N,...',
     help='devices along each axis of the mesh, such as data=64,tensor=4; axes'
-    ' that are not named have 1 (default: that of the experiment)',
+    ' that are not named have 1, or any number with --search (default: the mesh'
+    ' of the experiment)',
   )
   parser.add_argument(
     '--step',
@@ -120,19 +121,25 @@ def run(arguments: argparse.Namespace) -> None:
   _show(reports, arguments)
 
 
-def _mesh_words(text: str | None) -> list[str]:
-  """Turns `data=64,tensor=4` into settings of the experiment's mesh."""
-  if text is None:
-    return []
-  sizes = dict.fromkeys(_AXES, '1')
-  for word in filter(None, text.split(',')):
+def _mesh_sizes(text: str | None) -> dict[str, int]:
+  """Reads `data=64,tensor=4`."""
+  sizes = {}
+  for word in filter(None, (text or '').split(',')):
     axis, equals, size = word.partition('=')
-    if axis not in sizes or not equals or not size.lstrip('-').isdigit():
+    if axis not in _AXES or not equals or not size.lstrip('-').isdigit():
       raise ValueError(
         f'--mesh {word!r}: write AXIS=NUMBER with an axis of {", ".join(_AXES)},'
         ' such as data=64,tensor=4.'
       )
-    sizes[axis] = size
+    sizes[axis] = int(size)
+  return sizes
+
+
+def _mesh_words(text: str | None) -> list[str]:
+  """Returns settings of the experiment's mesh."""
+  if text is None:
+    return []
+  sizes = dict.fromkeys(_AXES, 1) | _mesh_sizes(text)
   return [f'mesh.{axis}={size}' for axis, size in sizes.items()]
 
 
@@ -182,15 +189,20 @@ def _search(
   from jaxformers.aot.search import remat_of
 
   experiment = experiment_from(arguments)
-  tried = list(candidates(experiment, topology))
+  fixed = {k: n for k, n in _mesh_sizes(arguments.mesh).items() if n > 0}
+  tried = list(candidates(experiment, topology, fixed=fixed))
   if not tried:
     raise ValueError(
       f'batch_size {experiment.batch_size} does not divide among the devices '
-      f'of {topology.name} on any mesh; change it.'
+      f'of {topology.name} on any mesh'
+      f'{" with " + arguments.mesh if fixed else ""}; change it.'
     )
   reports = []
   for number, candidate in enumerate(tried, 1):
     mesh, remat = candidate.mesh, remat_of(candidate)
+    last = reports[-1] if reports else None
+    if last and not last.fits and last.mesh == mesh.sizes(topology.devices):
+      continue  # It recomputes more, and has too little memory even so.
     extra = [f'mesh={mesh!r}']
     if has_remat(candidate):
       extra.append(f'model.stack.remat={remat!r}')

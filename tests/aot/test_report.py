@@ -167,6 +167,11 @@ def test_candidates_share_out_all_devices_and_rows():
   assert {c.model.stack.remat for c in found} == {
     None, 'dots_with_no_batch_dims_saveable', 'nothing_saveable',
   }  # fmt: skip
+  fixed = {'data': 1, 'tensor': 4}
+  some = list(candidates(experiment, topology, fixed=fixed))
+  assert {(c.mesh.data, c.mesh.tensor, c.mesh.fsdp) for c in some} == {
+    (1, 4, 2)
+  }
 
 
 def test_a_model_without_a_stack_is_tried_on_meshes_alone():
