@@ -31,7 +31,7 @@ first steps:
   jaxformers train experiments/lm.py --set steps=50 --workdir runs/short
   jaxformers sample runs/lm --prompt 'In the beginning'
   jaxformers eval runs/lm
-  jaxformers report runs/lm                       curves, samples and settings on a page
+  jaxformers report runs/lm                       one page on a run
   jaxformers reproduce experiments/attention_concentration.py
   jaxformers compile experiments/lm.py --topology v5e:2x2
 

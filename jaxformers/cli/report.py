@@ -137,24 +137,26 @@ def _advice(path: pathlib.Path) -> str:
   if (path.parent / 'experiment.json').is_file():
     return f'{path} is a part of a run; did you mean {path.parent}?'
   if path.is_dir():
-    problem, near = f'{path} is neither a run nor a study', path
+    problem, folder = f'{path} is neither a run nor a study', path
+  elif path.exists():
+    problem, folder = f'{path} is not the result of a study', path.parent
   else:
-    problem = (
-      f'{path} is not a result (.json)'
-      if path.exists()
-      else f'there is no {path}'
-    )
-    near = path.parent
-  there = {str(p): p for p in _reportable(near)}
-  close = difflib.get_close_matches(str(path), there, n=1)
-  if close:
-    return f'{problem}; did you mean {close[0]}?'
+    problem, folder = f'there is no file or directory {path}', path.parent
+  there = _reportable(folder)
+  close = difflib.get_close_matches(path.name, there, n=1)
+  if close and folder != path:
+    return f'{problem}; did you mean {folder / close[0]}?'
   if there:
-    return f'{problem}; in {near} there are {", ".join(there)}.'
-  return f'{problem}; expected a run directory, such as runs/lm, or the JSON of a study.'
+    return f'{problem}; in {folder} there are {", ".join(there)}.'
+  return (
+    f'{problem}; expected the directory of a run, such as runs/lm, or the JSON '
+    'that `jaxformers reproduce` wrote.'
+  )
 
 
-def _reportable(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Lists the runs and results in a folder."""
+def _reportable(folder: pathlib.Path) -> list[str]:
+  """Names the runs, studies and results in a folder."""
   marks = [*folder.glob('*/experiment.json'), *folder.glob('*/study.json')]
-  return sorted({mark.parent for mark in marks} | set(folder.glob('*.json')))
+  return sorted(
+    {x.parent.name for x in marks} | {x.name for x in folder.glob('*.json')}
+  )

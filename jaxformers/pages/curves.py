@@ -188,7 +188,7 @@ def _draw_series(axes: Any, one: Series, colour: str) -> None:
   if one.is_points:
     axes.plot(steps, values, **line, linewidth=1, marker='o', markersize=4)
   elif _is_noisy(one.finite[:, 1]):
-    axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.6)
+    axes.plot(steps, values, color=colour, alpha=0.4, linewidth=0.7)
     steps, values = one.finite.T
     window = max(5, len(values) // _SMOOTHED_PARTS)
     axes.plot(steps, smooth(values, window), **line)
@@ -206,7 +206,7 @@ def _set_limits(
 ) -> None:
   """Shows all but the first steep part."""
   last = max(one.rows[-1, 0] for one in series)
-  axes.set_xlim(0, last * 1.02)
+  axes.set_xlim(0, last * 1.02 or 1)
   axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
   finite = np.concatenate([one.finite for one in series])
   late = finite[finite[:, 0] > _EARLY * last, 1]

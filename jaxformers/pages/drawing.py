@@ -78,7 +78,7 @@ def _inline(svg: str, label: str) -> Html:
   """Turns a file of SVG into an element of a page."""
   opening = re.search(r'<svg[^>]*?viewBox="([^"]*)"[^>]*>', svg)
   content = svg[opening.end() : svg.rindex('</svg>')]
-  unseen = r'<metadata>.*?</metadata>|<!--.*?-->'
+  unseen = r'<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->'
   content = re.sub(unseen, '', content, flags=re.DOTALL)
   content = content.replace('xlink:href', 'href')
   content = re.sub(r'#[0-9a-f]{6}\b', lambda c: _NAMES.get(c[0], c[0]), content)

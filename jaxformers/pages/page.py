@@ -36,12 +36,12 @@ def page(title: str, *sections: Any) -> str:
     tag('title', title),
     tag('style', Html(f':root {{ {_colours()} }}\n{_STYLE}')),
   )
-  made = f'Made by `jaxformers report` of jaxformers {jaxformers.__version__}.'
+  command = tag('code', 'jaxformers report')
   body = tag(
     'body',
     _theme(),
     tag('main', tag('h1', title), *sections),
-    tag('footer', made),
+    tag('footer', 'Made by ', command, f' {jaxformers.__version__}.'),
   )
   whole = tag('html', head, with_own_names(body), lang='en')
   return f'<!DOCTYPE html>\n{whole}\n'

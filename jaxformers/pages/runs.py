@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxformers.pages.curves import curves
 from jaxformers.pages.markup import Html
+from jaxformers.pages.markup import escape
 from jaxformers.pages.markup import facts
 from jaxformers.pages.markup import fold
 from jaxformers.pages.markup import join
@@ -49,7 +50,7 @@ def runs_page(runs: Sequence[RecordedRun], classes: Mapping[str, type]) -> str:
 
 def _summary(run: RecordedRun) -> dict[str, str]:
   """Returns the numbers that matter most, by name."""
-  found = {'state': _state(run), **_heldout(run), **run_baselines(run)}
+  found = {'state': _state(run), **_heldout(run), **_baselines(run)}
   train = run.curve('train', 'loss')
   if len(train):
     found['training loss'] = f'{train[-1, 1]:.4g}'
@@ -64,7 +65,7 @@ def _summary(run: RecordedRun) -> dict[str, str]:
   return found
 
 
-def run_baselines(run: RecordedRun) -> dict[str, str]:
+def _baselines(run: RecordedRun) -> dict[str, str]:
   """Returns what other models reached on the same held-out text, by name."""
   return {
     f'{label}, bits per byte': f'{bits:.4g}'
@@ -96,15 +97,16 @@ def _heldout(run: RecordedRun) -> dict[str, str]:
   finite = rows[np.isfinite(rows[:, 1])]
   if len(finite):
     step, lowest = finite[finite[:, 1].argmin()]
-    found['lowest'] = f'{lowest:.4g} at step {step:,.0f}'
+    found['lowest held-out'] = f'{lowest:.4g} at step {step:,.0f}'
   return found
 
 
 def _duration(seconds: float) -> str:
-  minutes, rest = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
+  if seconds < 120:
+    return f'{seconds:.1f} seconds'
+  minutes = seconds / 60
   return (
-    f'{hours}:{minutes:02}:{rest:02} h' if hours else f'{minutes}:{rest:02} min'
+    f'{minutes:.1f} minutes' if minutes < 120 else f'{minutes / 60:.1f} hours'
   )
 
 
@@ -122,11 +124,16 @@ def _differences(runs: Sequence[RecordedRun]) -> Html:
   if not places:
     return tag('p', 'Nothing in their configurations.')
   rows = [
-    [tag('code', path or 'experiment'), *(tag('code', x) for x in values)]
+    [tag('code', _breakable(path)), *(tag('code', x) for x in values)]
     for path, values in places
   ]
   heading = ['setting', *(run.name for run in runs)]
   return table(heading, rows, caption='Settings that differ')
+
+
+def _breakable(path: str) -> Html:
+  """Lets a long path go on in another line."""
+  return Html(escape(path or 'experiment').replace('.', '.<wbr>'))
 
 
 def _sample(run: RecordedRun, is_alone: bool) -> Html:

@@ -87,7 +87,7 @@ def _summary(content: Mapping[str, Any]) -> dict[str, str]:
     'verdict': content['verdict'],
     'criteria': f'{sum(held)} of {len(held)} hold',
     'seeds': ', '.join(map(str, content['study']['seeds'])),
-    'time': f'{content["minutes"]:.1f} minutes',
+    'time': f'{content["minutes"]:.3g} minutes',
   }
 
 
