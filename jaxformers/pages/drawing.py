@@ -19,6 +19,7 @@ PALETTES = {
   'page': ('#ffffff', '#15181c'),
   'card': ('#f5f6f8', '#1e2329'),
   'text': (COLOURS['text'], '#e4e6e9'),
+  'quiet': ('#5c6168', '#9aa2ab'),  # smaller text
   'grid': (COLOURS['grid'], '#363c44'),
   'grey': (COLOURS['baseline'], '#9aa2ab'),
   **{f'c{i}': pair for i, pair in enumerate(zip(PALETTE, _DARK, strict=True))},

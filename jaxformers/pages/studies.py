@@ -138,16 +138,14 @@ def _scalars(results: Results) -> Html:
   for variant in results.variants:
     for name in results.names:
       if results.values(variant, name).ndim == 1:
-        mean, spread = (
-          f(variant, name) for f in (results.mean, results.spread)
-        )
-        seen = results.measurements[variant][name]
-        row = [variant, name, *map(_number, seen)]
-        rows.append([*row, f'{mean:.4g} ± {spread:.2g}'] if several else row)
+        mean = results.mean(variant, name)
+        summary = f'{mean:.4g} ± {results.spread(variant, name):.2g}'
+        seen = map(_number, results.measurements[variant][name])
+        rows.append([variant, name, *[summary] * several, *seen])
   if not rows:
     return tag('p', 'Lists only.')
-  heading = ['variant', 'measurement', *(f'seed {s}' for s in results.seeds)]
-  heading += ['mean ± standard deviation'] * several
+  heading = ['variant', 'measurement', *['mean ± deviation'] * several]
+  heading += [f'seed {seed}' for seed in results.seeds]
   return table(heading, rows, caption='Measurements')
 
 
