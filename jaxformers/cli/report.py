@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import pathlib
+from typing import Any
 
 from jaxformers.cli import experiment_file
 
@@ -63,10 +64,11 @@ def run(arguments: argparse.Namespace) -> None:
     arguments: As parsed.
 
   Raises:
+    FileNotFoundError: If there is nothing at a path.
     ValueError: If there are runs and studies.
   """
   found = [_find(path) for path in arguments.paths]
-  kinds = {path.suffix == '.json' for path in found}
+  kinds = {path.is_file() for path in found}
   if len(kinds) > 1:
     raise ValueError(
       'cannot put runs and studies on one page; give the directories of runs, '
@@ -86,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
   print(f'report: {output}')
 
 
-def _study(path: pathlib.Path, code: pathlib.Path | None):
+def _study(path: pathlib.Path, code: pathlib.Path | None) -> Any:
   """Pairs a result with the classes of the file that can draw it."""
   from jaxformers.pages import RecordedStudy
 
@@ -102,8 +104,7 @@ def _default_output(found: list[pathlib.Path]) -> pathlib.Path:
   if len(found) > 1:
     return pathlib.Path('report.html')
   [path] = found
-  is_result = path.suffix == '.json'
-  return path.with_suffix('.html') if is_result else path / 'report.html'
+  return path.with_suffix('.html') if path.is_file() else path / 'report.html'
 
 
 def _find(path: pathlib.Path) -> pathlib.Path:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
@@ -40,12 +39,14 @@ class Series:
     run: its number among those of the page.
     label: what the line is called.
     split: what was measured on.
+    colour: in hexadecimal.
     rows: `[N, 2]`: step and value, which may be nan or infinite.
   """
 
   run: int
   label: str
   split: str
+  colour: str
   rows: np.ndarray
 
   @property
@@ -95,7 +96,10 @@ def _series(runs: Sequence[RecordedRun], name: str) -> list[Series]:
       words = [run.name if len(runs) > 1 else '', _WORDS.get(split, split)]
       label = ', '.join(filter(None, words)) or name
       if len(rows):
-        found.append(Series(number, label, split, rows))
+        colour = PALETTE[number % len(PALETTE)]
+        if len(runs) == 1:
+          colour = COLOURS.get(split, colour)
+        found.append(Series(number, label, split, colour, rows))
   return found
 
 
@@ -117,12 +121,6 @@ def _constant_note(name: str, series: Sequence[Series]) -> Html:
   return tag(
     'p', tag('code', name), f' was {value:.6g} throughout.', class_='note'
   )
-
-
-def _colour(series: Series, is_alone: bool) -> str:
-  if is_alone and series.split in COLOURS:
-    return COLOURS[series.split]
-  return PALETTE[0 if is_alone else series.run % len(PALETTE)]
 
 
 def _dashes(run: int) -> str:
@@ -153,14 +151,13 @@ def _panel(
   name: str, series: Sequence[Series], baselines: dict[str, float]
 ) -> Html:
   """Draws one panel, with its numbers folded away below it."""
-  is_alone = len({s.run for s in series}) == 1 and ', ' not in series[0].label
 
   def draw(figure: Any) -> None:
     axes = figure.subplots()
     for bits in baselines.values():
       axes.axhline(bits, color=COLOURS['baseline'], linestyle=(0, (5, 3)))
     for one in series:
-      _draw_series(axes, one, _colour(one, is_alone))
+      _draw_series(axes, one)
     _set_limits(axes, series, list(baselines.values()))
     axes.set_xlabel('step')
 
@@ -180,15 +177,15 @@ def _panel(
   )
 
 
-def _draw_series(axes: Any, one: Series, colour: str) -> None:
+def _draw_series(axes: Any, one: Series) -> None:
   """Draws points, or a line, which is smoothed if it goes up and down."""
   steps, values = one.rows.T
   values = np.where(np.isfinite(values), values, np.nan)
-  line = {'color': colour, 'linestyle': _dashes(one.run)}
+  line = {'color': one.colour, 'linestyle': _dashes(one.run)}
   if one.is_points:
     axes.plot(steps, values, **line, linewidth=1, marker='o', markersize=4)
   elif _is_noisy(one.finite[:, 1]):
-    axes.plot(steps, values, color=colour, alpha=0.4, linewidth=0.7)
+    axes.plot(steps, values, color=one.colour, alpha=0.4, linewidth=0.7)
     steps, values = one.finite.T
     window = max(5, len(values) // _SMOOTHED_PARTS)
     axes.plot(steps, smooth(values, window), **line)
@@ -212,8 +209,8 @@ def _set_limits(
   late = finite[finite[:, 0] > _EARLY * last, 1]
   if not len(late):
     return
-  low = min(*finite[:, 1], *baselines, math.inf)
-  high = max(*late, *baselines, -math.inf)
+  low = min([finite[:, 1].min(), *baselines])
+  high = max([late.max(), *baselines])
   margin = 0.06 * (high - low) or 0.1 * abs(high) or 0.1
   axes.set_ylim(low - margin, high + margin)
 

@@ -199,6 +199,16 @@ def test_several_runs_share_their_curves_and_show_what_differs(run, here):
   assert page.text.count('No text: it is drawn when a run has finished.') == 1
 
 
+def test_a_run_keeps_its_colour_where_it_is_alone(run, here):
+  write_run(here / 'runs' / 'b')
+  (run.path / 'timing.jsonl').unlink()
+  report('runs/a', 'runs/b')
+  text = (here / 'report.html').read_text('utf-8')
+  [drawn] = re.findall(r'<svg[^>]*"tokens_per.*?</svg>', text, re.DOTALL)
+  assert 'var(--c1)' in drawn
+  assert 'var(--c0)' not in drawn
+
+
 def test_runs_of_one_name_are_told_apart_by_their_paths(run, here):
   write_run(here / 'other' / 'a')
   report('runs/a', 'other/a')
