@@ -35,7 +35,8 @@ MAY_IMPORT = {
     'ops', 'nn', 'models', 'decode', 'losses', 'optim', 'text', 'data', 'train',
   },
   'aot': {'nn', 'train'},
-  'cli': {'train', 'data', 'decode', 'text', 'aot'},
+  'pages': {'train'},
+  'cli': {'train', 'data', 'decode', 'text', 'aot', 'pages'},
 }  # fmt: skip
 MATHEMATICS = ('ops', 'losses')
 

@@ -10,6 +10,7 @@ import jaxformers
 from jaxformers.cli import compile as compiling
 from jaxformers.cli import evaluate
 from jaxformers.cli import list as listing
+from jaxformers.cli import report
 from jaxformers.cli import reproduce
 from jaxformers.cli import sample
 from jaxformers.cli import train
@@ -30,6 +31,7 @@ first steps:
   jaxformers train experiments/lm.py --set steps=50 --workdir runs/short
   jaxformers sample runs/lm --prompt 'In the beginning'
   jaxformers eval runs/lm
+  jaxformers report runs/lm                       one page on a run
   jaxformers reproduce experiments/attention_concentration.py
   jaxformers compile experiments/lm.py --topology v5e:2x2
 
@@ -130,6 +132,7 @@ def build_parser() -> Parser:
   _add(commands, 'train', train)
   _add(commands, 'sample', sample)
   _add(commands, 'eval', evaluate)
+  _add(commands, 'report', report)
   _add(commands, 'reproduce', reproduce)
   _add(commands, 'compile', compiling)
   _add(commands, 'list', listing)

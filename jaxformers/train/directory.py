@@ -146,10 +146,26 @@ class Directory(abc.ABC):
       FileNotFoundError: If there is none here.
       ValueError: If the file is damaged.
     """
+    return self._read(self.content)
+
+  def environment(self) -> dict[str, str]:
+    """Reads on what the directory was begun.
+
+    Returns:
+      The kind of the devices, and versions by name.
+
+    Raises:
+      FileNotFoundError: If there is no configuration here.
+      ValueError: If the file is damaged.
+    """
+    return {'device': str(self._read('device')), **self._read('versions')}
+
+  def _read(self, key: str) -> Any:
+    """Returns a part of the file that holds the configuration."""
     if not self.exists:
       raise FileNotFoundError(self._absent())
     try:
-      return json.loads(self.record.read_text('utf-8'))[self.content]
+      return json.loads(self.record.read_text('utf-8'))[key]
     except (ValueError, KeyError, TypeError) as error:
       raise ValueError(
         f'{self.record} is damaged ({type(error).__name__}: {error}); restore '

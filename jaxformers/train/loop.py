@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import contextlib
+import json
 import math
 import os
 import pathlib
@@ -13,6 +14,7 @@ from jaxformers.data import batches
 from jaxformers.train import record as records
 from jaxformers.train.checkpoint import Checkpoints
 from jaxformers.train.directory import versions
+from jaxformers.train.directory import write_whole
 from jaxformers.train.distributed import agreement
 from jaxformers.train.distributed import check_same
 from jaxformers.train.distributed import explained
@@ -305,6 +307,7 @@ def _finish(
     bits = experiment.baseline.bits_per_byte(experiment.data)
     if bits is not None:
       baselines[experiment.baseline.label] = bits
+      write_whole(directory.baselines, json.dumps(baselines) + '\n')
   last = _last_heldout(directory)
   if 'bits_per_byte' in last:
     say(f'\nheld-out bits per byte: {last["bits_per_byte"]:.3f}')

@@ -9,7 +9,7 @@ JSON lacks. A record names classes; which names mean anything is decided by the
 mapping that the reader passes, never by the record.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import difflib
 import functools
@@ -186,30 +186,52 @@ def from_record(
   )
 
 
-def differences(old: Record, new: Record, path: str = '') -> list[str]:
+def differences(old: Record, new: Record) -> list[str]:
   """Lists where two records differ, one line per place.
 
   Args:
     old: A record.
     new: Another one.
-    path: Where both stand.
 
   Returns:
     Lines such as `model.stack.depth: 4 -> 6`, in the order of the fields; an
     object replaced by one of another class is one line. Empty if both agree.
   """
-  if _is_object(old) and _is_object(new) and old['class'] == new['class']:
-    pairs = [(k, old.get(k, _ABSENT), new.get(k, _ABSENT)) for k in old | new]
-  elif _is_long(old) and _is_long(new) and len(old) == len(new):
-    pairs = [
-      (str(i), a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))
+  return [
+    f'{path or "experiment"}: {before} -> {after}'
+    for path, (before, after) in differing([old, new])
+  ]
+
+
+def differing(
+  records: Sequence[Record], path: str = ''
+) -> list[tuple[str, list[str]]]:
+  """Lists where records differ from one another.
+
+  Args:
+    records: At least one.
+    path: Where all of them stand.
+
+  Returns:
+    For each place its path, and what each record has there, in the order of the
+    fields; objects of different classes are one place.
+  """
+  first = records[0]
+  if all(_is_object(r) and r['class'] == first['class'] for r in records):
+    keys = list(dict.fromkeys(key for r in records for key in r))
+    below = [(key, [r.get(key, _ABSENT) for r in records]) for key in keys]
+  elif all(_is_long(r) and len(r) == len(first) for r in records):
+    below = [
+      (str(i), list(x)) for i, x in enumerate(zip(*records, strict=True))
     ]
-  elif type(old) is type(new) and old == new:
+  elif all(type(r) is type(first) and r == first for r in records):
     return []
   else:
-    return [f'{path or "experiment"}: {describe(old)} -> {describe(new)}']
+    return [(path, [describe(r) for r in records])]
   return [
-    line for key, a, b in pairs for line in differences(a, b, _join(path, key))
+    place
+    for key, values in below
+    for place in differing(values, _join(path, key))
   ]
 
 
@@ -249,13 +271,25 @@ def tree(record: Record, path: str = '') -> Iterator[str]:
   """
   depth = path.count('.') if path else -1
   indent = '  ' * max(depth, 0)
-  if _is_object(record) and len(record) > 1 or _is_long(record):
+  if is_branch(record):
     if path:
       yield f'{indent}{path}: {record["class"] if _is_object(record) else "tuple"}'
     for key, value in _items(record):
       yield from tree(value, _join(path, key))
   else:
     yield indent + _for_shell(f'{path}={_word(record)}')
+
+
+def is_branch(record: Record) -> bool:
+  """Whether a record has settings of its own below it.
+
+  Args:
+    record: A record.
+
+  Returns:
+    True for an object with fields, and for a tuple with objects.
+  """
+  return _is_object(record) and len(record) > 1 or _is_long(record)
 
 
 def known_classes() -> dict[str, type]:

@@ -106,7 +106,10 @@ def load_result(path: str | os.PathLike[str]) -> dict[str, Any]:
   except ValueError as error:
     raise ValueError(f'{path} is not JSON: {error}.') from error
   if not isinstance(content, dict) or 'study' not in content:
-    raise ValueError(f'{path} is not the result of a study.')
+    raise ValueError(
+      f'{path} is not the result of a study; expected the JSON that '
+      '`jaxformers reproduce` writes.'
+    )
   return content
 
 

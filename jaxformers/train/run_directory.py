@@ -52,3 +52,8 @@ class RunDirectory(Directory):
   def sample(self) -> pathlib.Path:
     """Text drawn when the run ended."""
     return self.path / 'sample.txt'
+
+  @property
+  def baselines(self) -> pathlib.Path:
+    """Held-out bits per byte of other models, by name; as JSON."""
+    return self.path / 'baselines.json'

@@ -7,7 +7,7 @@ import pytest
 import jaxformers
 from jaxformers.cli import main
 
-COMMANDS = ('train', 'sample', 'eval', 'list')
+COMMANDS = ('train', 'sample', 'eval', 'report', 'list')
 
 PARSE_HELP = """
 import sys

@@ -16,8 +16,10 @@ from jaxformers.optim import Averaged
 from jaxformers.optim import Constant
 from jaxformers.optim import averaged_params
 from jaxformers.train import MeshShape
+from jaxformers.train import NGram
 from jaxformers.train import loop
 from jaxformers.train import open_run
+from jaxformers.train import record as records
 from jaxformers.train import step as step_module
 from jaxformers.train import train
 from jaxformers.train.errors import RunFailed
@@ -63,6 +65,21 @@ def test_a_run_leaves_metrics_events_checkpoints_figure_and_sample(finished):
   record = json.loads((workdir / 'experiment.json').read_text())
   assert record['experiment']['steps'] == 6
   assert int(state.step) == 6
+
+
+def test_what_the_baseline_reached_is_kept(finished):
+  experiment, workdir, _ = finished
+  experiment = dataclasses.replace(
+    experiment, baseline=NGram(context=1), preview=None
+  )
+  content = json.loads((workdir / 'experiment.json').read_text())
+  content['experiment'] = records.to_record(experiment)
+  (workdir / 'experiment.json').write_text(json.dumps(content))
+  assert not (workdir / 'baselines.json').exists()
+  train(experiment, workdir)
+  bits = experiment.baseline.bits_per_byte(experiment.data)
+  kept = json.loads((workdir / 'baselines.json').read_text())
+  assert kept == {'order-1 n-gram': bits}
 
 
 def stop_after(monkeypatch, step):

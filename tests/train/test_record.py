@@ -205,6 +205,17 @@ def test_differences_tell_types_and_absence():
   assert records.differences(old, new) == ['x: (absent) -> 1']
 
 
+def test_several_records_are_compared_place_by_place():
+  first = {'class': 'A', 'x': 1, 'y': {'class': 'B', 'z': 2}}
+  second = {'class': 'A', 'x': 1, 'y': {'class': 'B', 'z': 3}}
+  third = {'class': 'A', 'x': 1, 'y': {'class': 'C'}, 'w': None}
+  assert records.differing([first, second, first]) == [('y.z', ['2', '3', '2'])]
+  assert records.differing([first, second, third]) == [
+    ('y', ['B(z=2)', 'B(z=3)', 'C()']),
+    ('w', ['(absent)', '(absent)', 'None']),
+  ]
+
+
 def test_the_tree_has_one_pasteable_line_per_value():
   assert list(records.tree(records.to_record(RUN))) == [
     'blocks: tuple',
