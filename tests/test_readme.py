@@ -59,15 +59,21 @@ def test_links_and_pictures_exist():
       assert target.startswith('https://') or path.exists(), target
 
 
+def span(values):
+  values = sorted(values)
+  return f'{values[0]:.1f} to {values[-1]:.1f}'
+
+
 def test_figures_are_those_of_the_results():
   results = ROOT / 'experiments'
-  lm, step, crash, attention = (
+  lm, step, crash, attention, recurrence = (
     json.loads((results / path).read_text())
     for path in (
       'results/lm.json',
       'benchmarks/results/train_step.json',
       'benchmarks/results/crash_test.json',
       'benchmarks/results/attention.json',
+      'benchmarks/results/recurrence.json',
     )
   )
   speeds = [
@@ -76,6 +82,16 @@ def test_figures_are_those_of_the_results():
       for way in ('forward', 'forward_backward')
     ]
     for peer in ('jax', 'torch')
+  ]
+  ways = 'forward', 'forward_and_backward'
+  spans = [
+    ', '.join(span(x[way][name] for x in recurrence['ladder']) for way in ways)
+    for name in ('auto', 'of_jax')
+  ]
+  published = [
+    recurrence[mixer][way]['published']
+    for mixer in ('s5', 'lru')
+    for way in ways
   ]
   rows = re.findall(r'^\| (.*?) \| (.*?) \|$', TEXT, re.MULTILINE)
   figures = [figure for _, figure in rows]
@@ -88,6 +104,8 @@ def test_figures_are_those_of_the_results():
     f'{step["compile_ratio"]:.2f}',
     '{:.1f}, {:.1f}'.format(*speeds[0]),
     '{:.2f}, {:.2f}'.format(*speeds[1]),
+    *spans,
+    ', '.join(f'{x:.1f}' for x in published),
     '0, 0, 0',
   ):
     assert figure in figures
