@@ -64,7 +64,7 @@ def draw() -> None:
       sent.setdefault(t['kind'], dict.fromkeys(chips, 0.0))[count] = bytes_sent
     for name in ('compute', 'memory', 'links', 'network'):
       value = report['estimate'][f'{name}_seconds']
-      seconds.setdefault(name, []).append(1e3 * value)
+      seconds.setdefault(name, []).append(1e3 * value or float('nan'))
   figure, (left, right) = plt.subplots(
     1, 2, figsize=(9, 3.4), layout='constrained'
   )
@@ -75,7 +75,8 @@ def draw() -> None:
     base = [a + b for a, b in zip(base, heights, strict=True)]
   left.set_xticks(range(len(chips)), chips)
   left.set_ylabel('GiB sent per chip and step')
-  left.legend(fontsize=8)
+  left.set_ylim(top=1.3 * max(base))
+  left.legend(fontsize=8, ncols=2, loc='upper right')
   for colour, (name, values) in zip(PALETTE, seconds.items(), strict=False):
     right.plot(chips, values, 'o-', color=colour, label=name)
   right.set_xscale('log', base=2)
