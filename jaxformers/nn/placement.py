@@ -164,7 +164,6 @@ def on_shares(
         {name: spec(named[name]) for name in given},
       ),
       out_specs=(*outs, last) if outs else last,
-      check_vma=False,
     )(arrays, given)
     if not outs:
       return _place_tokens(out, results)
