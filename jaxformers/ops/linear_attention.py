@@ -351,6 +351,7 @@ def _check_stabilise(stabilise, method, initial_BHKV, axis_name):
   parallel = parallel and axis_name is None
   if stabilise == 'scores' and not parallel:
     raise ValueError(
-      "stabilise='scores' needs all keys at once; use method='parallel' without "
-      "an initial state on whole sequences, or stabilise='decay', which a state can carry."
+      "stabilise='scores' needs all keys at once; use method='parallel' on whole "
+      "sequences without an initial state, or stabilise='decay', which a state "
+      'can carry.'
     )

@@ -44,6 +44,9 @@ class HippoMemory(nn.Module):
   sees the whole history at a resolution that falls as the history grows; with
   LegT a sliding window.
 
+  Where the mesh of a run cuts sequences, devices exchange tokens for channels, and
+  each remembers whole sequences of its share of the channels.
+
   Dynamics hold no parameters, so nothing asks for a learning rate of its own.
   Where the readout shall not decay, its path matches `readout_SE$`.
 

@@ -45,6 +45,9 @@ class RTF(nn.Module):
   and is converted for longer rows, for a state and for packing, exactly as the
   readout of `S4` is, and at the same price.
 
+  Where the mesh of a run cuts sequences, devices exchange tokens for channels, and
+  each convolves whole sequences of its share of the channels.
+
   a begins at 0, a register of the last S inputs. `sum |a_i| < 1` suffices for
   stability; nothing but the start enforces it, because training suffers if it is
   enforced. A pole near the circle makes the conversions ill-conditioned.

@@ -46,6 +46,9 @@ class S4(nn.Module):
     is slow, and decoding token by token takes many times what `S4D` takes, which
     has neither restriction.
 
+  Where the mesh of a run cuts sequences, devices exchange tokens for channels, and
+  each convolves whole sequences of its share of the channels.
+
   The authors train the parameters that `jaxformers.optim.selection.matching(
   '(rate|frequency|low_rank_..|input_..|step)_', params)` finds without weight
   decay, and with a learning rate of at most 1e-3.
