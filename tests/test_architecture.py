@@ -33,6 +33,7 @@ MAY_IMPORT = {
   },
   'testing': {
     'ops', 'nn', 'models', 'decode', 'losses', 'optim', 'text', 'data', 'train',
+    'aot',
   },
   'aot': {'nn', 'train'},
   'pages': {'train'},

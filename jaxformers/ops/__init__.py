@@ -176,9 +176,6 @@ from jaxformers.ops.recurrence import outer_recurrence
 from jaxformers.ops.recurrence import rg_lru
 from jaxformers.ops.recurrence import rg_lru_decay
 from jaxformers.ops.recurrence import selective_recurrence
-from jaxformers.ops.recurrence import sharded_linear_recurrence
-from jaxformers.ops.recurrence import sharded_outer_recurrence
-from jaxformers.ops.recurrence import sharded_short_convolution
 from jaxformers.ops.recurrence import short_convolution
 from jaxformers.ops.recurrence import ssd
 from jaxformers.ops.recurrence import wkv

@@ -139,6 +139,7 @@ def diagonal_system(
   reverse: bool = False,
   method: LinearMethod = 'auto',
   chunk: int | None = None,
+  axis_name: str | None = None,
 ) -> DiagonalOutput:
   """Runs `h_t = decay h_(t-1) + x_t B`, `y_t = Re(h_t C)`.
 
@@ -160,6 +161,7 @@ def diagonal_system(
     reverse: whether to go from the end.
     method: how.
     chunk: steps per chunk.
+    axis_name: of the mesh axis along which steps are split.
   """
   dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
   product = lambda x, w: jnp.dot(
@@ -183,6 +185,7 @@ def diagonal_system(
     reverse=reverse,
     method=method,
     chunk=chunk,
+    axis_name=axis_name,
   )
   if is_complex:
     parts = states_BLS.real, states_BLS.imag

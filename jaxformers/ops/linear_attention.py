@@ -20,6 +20,8 @@ from jaxformers.ops.recurrence import Recurred
 from jaxformers.ops.recurrence import decay_weights
 from jaxformers.ops.recurrence import decays_in_segments
 from jaxformers.ops.recurrence import outer_recurrence
+from jaxformers.ops.recurrence.devices import mirrored
+from jaxformers.ops.recurrence.devices import positions
 
 Stabilise = Literal['none', 'decay', 'scores']
 
@@ -63,6 +65,7 @@ def linear_attention(
   causal: bool = True,
   method: Method = 'auto',
   chunk: int | None = None,
+  axis_name: str | None = None,
 ) -> LinearAttended:
   """Weighs values by products of features, not by their exponentials.
 
@@ -86,8 +89,9 @@ def linear_attention(
     places: where the tokens stand, from `jaxformers.ops.segments`; None for one
       segment, which after `initial` goes on if there is one.
     causal: whether tokens see no later ones.
-    method: see `outer_recurrence`, like `chunk`.
+    method: see `outer_recurrence`, like what follows.
     chunk: tokens per chunk.
+    axis_name: of the mesh axis along which tokens are split.
 
   Returns:
     Output and memory. What comes out at padding is finite, but has no meaning.
@@ -97,9 +101,8 @@ def linear_attention(
       queries and keys, or positions are needed and `places` is missing.
   """
   _check_memory(initial, causal, normalize)
-  position_BL = _positions(
-    key_BLHK, places, initial, position.compares_positions
-  )
+  needed = position.compares_positions
+  position_BL = _positions(key_BLHK, places, initial, needed, axis_name)
   query, key = feature(query_BLHK), _tokens_only(feature(key_BLHK), places)
   value = _tokens_only(value_BLHV, places)
   turned_query, turned_key = _turned(query, key, position, position_BL)
@@ -109,6 +112,7 @@ def linear_attention(
     places=places,
     method=method,
     chunk=chunk,
+    axis_name=axis_name,
   )
   out, outer_BHKV = recur(turned_query, turned_key, value, initial.outer_BHKV)
   total_BHK = None
@@ -152,6 +156,7 @@ def retention(
   stabilise: Stabilise = 'none',
   method: Method = 'auto',
   chunk: int | None = None,
+  axis_name: str | None = None,
 ) -> Recurred:
   """Weighs values by scores that decay with the distance.
 
@@ -179,8 +184,9 @@ def retention(
       segment, which after `initial_BHKV` goes on if there is one.
     stabilise: `'decay'` divides by the first factor, `'scores'` by both, which
       needs all keys at once: `method='parallel'` and no initial state.
-    method: see `outer_recurrence`, like `chunk`.
+    method: see `outer_recurrence`, like what follows.
     chunk: tokens per chunk.
+    axis_name: of the mesh axis along which tokens are split.
 
   Returns:
     Output in the dtype of the values, and last state in at least float32.
@@ -189,10 +195,10 @@ def retention(
     ValueError: if shapes do not fit, options exclude each other, or positions
       are needed and `places` is missing.
   """
-  _check_stabilise(stabilise, method, initial_BHKV)
+  _check_stabilise(stabilise, method, initial_BHKV, axis_name)
   heads, width = key_BLHK.shape[2:]
   needed = position.compares_positions or stabilise != 'none'
-  position_BL = _positions(key_BLHK, places, initial_BHKV, needed)
+  position_BL = _positions(key_BLHK, places, initial_BHKV, needed, axis_name)
   if log_decay_H is None:
     log_decay_H = retention_log_decay(heads)
   log_decay_BLH = decays_in_segments(log_decay_H, places)
@@ -207,6 +213,7 @@ def retention(
     initial_BHKV,
     method=method,
     chunk=chunk,
+    axis_name=axis_name,
   )
   if stabilise != 'none':
     root_BLH = jnp.sqrt(_sum_of_decays(position_BL, log_decay_H))
@@ -217,36 +224,49 @@ def retention(
   return Recurred(out.astype(value_BLHV.dtype), last_BHKV)
 
 
-def _recur_forth(query, key, value, initial, *, places, method, chunk):
+def _recur_forth(query, key, value, initial, *, places, **options):
   """Lets each token see those before it, in its segment."""
   log_decay = decays_in_segments(jnp.zeros(1), places)
-  return outer_recurrence(
-    query, key, value, log_decay, initial, method=method, chunk=chunk
-  )
+  return outer_recurrence(query, key, value, log_decay, initial, **options)
 
 
-def _recur_both_ways(query, key, value, initial, *, places, method, chunk):
+def _recur_both_ways(query, key, value, initial, *, places, **options):
   """Lets each token see all of its segment."""
+  axis_name = options['axis_name']
   if places is None:
     dtype = jnp.result_type(query, key, value, jnp.float32)
     query, key, value = (x.astype(dtype) for x in (query, key, value))
     all_BHKV = jnp.einsum('BLHK,BLHV->BHKV', key, value)
+    if axis_name is not None:
+      all_BHKV = jax.lax.psum(all_BHKV, axis_name)
     return Recurred(jnp.einsum('BLHK,BHKV->BLHV', query, all_BHKV), all_BHKV)
-  options = {'method': method, 'chunk': chunk}
   forth, last = _recur_forth(
     query, key, value, initial, places=places, **options
   )
-  begin = segments.start(key.shape[0])
-  back_places, _ = segments.advance(begin, places.number_BL[:, ::-1])
   back, _ = _recur_forth(
-    *(x[:, ::-1] for x in (query, key, value)),
+    *(mirrored(axis_name, x) for x in (query, key, value)),
     None,
-    places=back_places,
+    places=_back_places(places, axis_name),
     **options,
   )
   # Both ways a token has seen itself.
   own = jnp.sum(query.astype(back.dtype) * key, axis=-1, keepdims=True) * value
-  return Recurred(forth + back[:, ::-1] - own, last)
+  return Recurred(forth + mirrored(axis_name, back) - own, last)
+
+
+def _back_places(places, axis_name):
+  """Returns the places of rows that are read from their ends."""
+  number_BL = mirrored(axis_name, places.number_BL)
+  begin, length = segments.start(number_BL.shape[0]), number_BL.shape[1]
+  if axis_name is None:
+    return segments.advance(begin, number_BL)[0]
+  number_BM = jax.lax.all_gather(number_BL, axis_name, axis=1, tiled=True)
+  whole, _ = segments.advance(begin, number_BM)
+  start = length * jax.lax.axis_index(axis_name)
+  return jax.tree.map(
+    lambda x_BM: jax.lax.dynamic_slice_in_dim(x_BM, start, length, axis=1),
+    whole,
+  )
 
 
 def _tokens_only(x_BLHK, places):
@@ -256,7 +276,7 @@ def _tokens_only(x_BLHK, places):
   return jnp.where(places.number_BL[..., None, None] == 0, 0, x_BLHK)
 
 
-def _positions(key_BLHK, places, initial, needed):
+def _positions(key_BLHK, places, initial, needed, axis_name):
   """Returns positions `[B or 1, L]`."""
   if places is not None:
     return places.position_BL
@@ -265,7 +285,7 @@ def _positions(key_BLHK, places, initial, needed):
       'positions are needed and do not begin at 0 after an initial state; pass '
       'places, as jaxformers.ops.segments.advance gives them.'
     )
-  return jnp.arange(key_BLHK.shape[1])[None]
+  return positions(axis_name, key_BLHK.shape[1])[None]
 
 
 def _turned(query, key, position, position_BL):
@@ -321,15 +341,17 @@ def _check_memory(initial, causal, normalize):
     )
 
 
-def _check_stabilise(stabilise, method, initial_BHKV):
+def _check_stabilise(stabilise, method, initial_BHKV, axis_name):
   if stabilise not in get_args(Stabilise):
     raise ValueError(
       f'unknown stabilise={stabilise!r}; choose one of '
       f'{", ".join(get_args(Stabilise))}.'
     )
   parallel = method == 'parallel' and initial_BHKV is None
+  parallel = parallel and axis_name is None
   if stabilise == 'scores' and not parallel:
     raise ValueError(
-      "stabilise='scores' needs all keys at once; use method='parallel' without "
-      "an initial state, or stabilise='decay', which a state can carry."
+      "stabilise='scores' needs all keys at once; use method='parallel' on whole "
+      "sequences without an initial state, or stabilise='decay', which a state "
+      'can carry.'
     )

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxformers.aot.hlo import Module
 from jaxformers.nn.block import Block
 from jaxformers.nn.depth import Stack
 from jaxformers.nn.depth import unroll
@@ -28,6 +29,7 @@ from jaxformers.train.record import known_classes
 from jaxformers.train.record import to_record
 from jaxformers.train.sharding import MeshShape
 from jaxformers.train.sharding import batch_sharding
+from jaxformers.train.sharding import on_mesh
 from jaxformers.train.sharding import shardings
 
 
@@ -43,6 +45,8 @@ class MixerCase:
       float32, for values of unit scale: what reordering sums may change.
     leak: largest change by a later input that counts as none: Fourier
       transforms add up numbers of all places, and leave their rounding errors.
+    gathers: whether each device reads whole sequences where a mesh cuts them, as
+      steps that depend on all before do, unless they are linear.
     variant: whether it differs from another row in parts only that know nothing
       of transformations. It is then spared scan and remat, vmap, several devices
       and lowering, which the other row shows and which take most of the time.
@@ -53,6 +57,7 @@ class MixerCase:
   width: int = 16
   tolerance: float = 2e-5
   leak: float = 0.0
+  gathers: bool = False
   variant: bool = False
 
 
@@ -61,11 +66,14 @@ TRANSFORMATIONS = (
   'test_scan_equals_loop_and_remat_equals_plain',
   'test_vmap_equals_loop',
   'test_eight_devices_equal_one',
+  'test_sequences_that_are_cut_are_not_gathered',
   'test_it_lowers_for_cpu_cuda_and_tpu',
 )
 # Nearly all of the time is compiling, once per length: tests share the lengths 1,
 # 6 and 12. A batch of 4 suits 2 x 2 devices.
 BATCH, LENGTH, HALF = 4, 12, 6
+# Long beside the states and parameters that devices exchange.
+LONG = 256
 CUTS = ((1,) * LENGTH, (HALF, HALF), (1, 1, 1, HALF, 1, 1, 1))
 PACKED = np.array(
   [
@@ -94,6 +102,11 @@ class Lab:
 
   def _run(self, variables, x_BLD, state=None, segments_BL=None):
     return self.mixer.apply(variables, x_BLD, state, segments_BL=segments_BL)
+
+  def gradient_on(self, mesh):
+    """Returns `gradient`, compiled for a mesh."""
+    function = jax.value_and_grad(self.loss, argnums=(0, 1))
+    return jax.jit(on_mesh(function, mesh))
 
   def state(self, batch=BATCH, length=LENGTH, dtype=jnp.float32):
     """Returns a fresh state."""
@@ -124,10 +137,10 @@ class Lab:
       expected,
     )
 
-  def loss(self, variables, x_BLD, segments_BL=None):
-    """Returns a number that depends on every output."""
+  def loss(self, variables, x_BLD, segments_BL=None, weight_BL1=1.0):
+    """Returns a number that depends on every output of some weight."""
     y_BLD, _ = self.mixer.apply(variables, x_BLD, segments_BL=segments_BL)
-    return jnp.sum(jnp.sin(y_BLD))
+    return jnp.sum(jnp.sin(y_BLD) * weight_BL1)
 
 
 @functools.cache
@@ -272,19 +285,46 @@ class MixerConformance:
     lab.near(mapped, single)
 
   def test_eight_devices_equal_one(self, lab):
-    mesh = MeshShape(data=2, fsdp=2, tensor=2).build()
-    expected = lab.gradient(lab.variables, lab.x_BLD, PACKED)
+    is_token = (PACKED != 0)[..., None].astype(np.float32)
+    packed = lab.x_BLD, PACKED, is_token
+    expected = lab.gradient(lab.variables, *packed)
+    mesh = MeshShape(data=1, fsdp=2, tensor=2, sequence=2).build()
     placed = jax.device_put(lab.variables, shardings(lab.variables, mesh))
-    inputs = jax.device_put((lab.x_BLD, PACKED), batch_sharding(mesh, 2))
-    lab.near(lab.gradient(placed, *inputs), expected, 5 * lab.case.tolerance)
+    packed = jax.device_put(packed, batch_sharding(mesh))
+    actual = lab.gradient_on(mesh)(placed, *packed)
+    lab.near(actual, expected, 5 * lab.case.tolerance)
+
+  def test_sequences_that_are_cut_are_not_gathered(self, lab):
+    mesh = MeshShape(data=2, sequence=4).build()
+    there = batch_sharding(mesh)
+    x_BLD, segments_BL = (
+      jax.ShapeDtypeStruct(shape, dtype, sharding=there)
+      for shape, dtype in (
+        ((BATCH, LONG, lab.case.width), jnp.float32),
+        ((BATCH, LONG), jnp.int32),
+      )
+    )
+    variables = jax.tree.map(
+      lambda x, there: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there),
+      lab.variables,
+      shardings(lab.variables, mesh),
+    )
+    lowered = lab.gradient_on(mesh).lower(variables, x_BLD, segments_BL)
+    found = Module(lowered.compile().as_text()).collectives(island=8)
+    # An exchange with one other device gives a device no more than it had.
+    found = [c for c in found if c.kind != 'collective-permute']
+    whole = x_BLD.size * x_BLD.dtype.itemsize / 2  # rows are cut in two
+    largest = max(found, key=lambda c: c.bytes)
+    assert (largest.bytes >= whole) == lab.case.gathers, largest
 
   def test_gradients_are_finite_at_length_one_and_where_nothing_is_seen(
     self, lab
   ):
+    ones_BL1 = np.ones((BATCH, LENGTH, 1), np.float32)
     for result in (
       lab.gradient(lab.variables, lab.x_BLD[:, :1]),
-      lab.gradient(lab.variables, lab.x_BLD, np.zeros_like(ONES)),
-      lab.gradient(lab.variables, jnp.zeros_like(lab.x_BLD), ONES),
+      lab.gradient(lab.variables, lab.x_BLD, np.zeros_like(ONES), ones_BL1),
+      lab.gradient(lab.variables, jnp.zeros_like(lab.x_BLD), ONES, ones_BL1),
     ):
       assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result))
 

@@ -93,6 +93,7 @@ class TestMixers(MixerConformance):
         bias=LearnedRelativeBias(max_distance=2),
         implementation='blockwise',
       ),
+      gathers=True,
     ),
     MixerCase(
       'attention_causal_and_window_qk_norm_ssmax_alibi',
@@ -104,6 +105,7 @@ class TestMixers(MixerConformance):
         scale=LearnedSSMax(train_length=8),
         bias=ALiBi(),
       ),
+      gathers=True,
     ),
     MixerCase(
       'linear_attention_rotary',
@@ -155,7 +157,9 @@ class TestMixers(MixerConformance):
       variant=True,
     ),
     MixerCase(
-      'hippo_rnn', HippoRNN(size=3, memories=2, hidden=6, measure=LegT(6.0))
+      'hippo_rnn',
+      HippoRNN(size=3, memories=2, hidden=6, measure=LegT(6.0)),
+      gathers=True,
     ),
     MixerCase('mamba', Mamba(state_size=2, chunk=5)),
     MixerCase(

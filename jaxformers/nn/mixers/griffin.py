@@ -15,6 +15,7 @@ from jaxformers.nn.mixers.base import head_width
 from jaxformers.nn.mixers.base import locate
 from jaxformers.nn.mixers.short import ShortConvolution
 from jaxformers.nn.mixers.short import tokens_only
+from jaxformers.nn.placement import on_shares
 from jaxformers.ops import segments
 from jaxformers.ops.activations import activation
 from jaxformers.ops.recurrence import rg_lru
@@ -78,7 +79,7 @@ class RGLRU(nn.Module):
     x_BLD = tokens_only(x_BLD, places)
     shape = self.num_heads, head_width(self.num_heads, None, x_BLD.shape[-1])
     decay_HK = self.param('decay_HK', self._decay, shape)
-    out_BLD, memory_BD = rg_lru(
+    out_BLD, memory_BD = on_shares(rg_lru, 'BLF BLF BLF F BF', 'BLF BF')(
       x_BLD,
       self._gate('input', x_BLD),
       self._gate('recurrence', x_BLD),

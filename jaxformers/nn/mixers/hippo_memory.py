@@ -11,6 +11,8 @@ from jaxformers.nn.init import Initializer
 from jaxformers.nn.init import VarianceScaling
 from jaxformers.nn.linear import Linear
 from jaxformers.nn.mixers.base import locate
+from jaxformers.nn.placement import CHANNEL_RULES
+from jaxformers.nn.placement import on_shares
 from jaxformers.ops import segments
 from jaxformers.ops.hippo import Discretization
 from jaxformers.ops.hippo import Dynamics
@@ -41,6 +43,9 @@ class HippoMemory(nn.Module):
   whose dynamics are not learned, and a linear readout of its own. With LegS it
   sees the whole history at a resolution that falls as the history grows; with
   LegT a sliding window.
+
+  Where the mesh of a run cuts sequences, devices exchange tokens for channels, and
+  each remembers whole sequences of its share of the channels.
 
   Dynamics hold no parameters, so nothing asks for a learning rate of its own.
   Where the readout shall not decay, its path matches `readout_SE$`.
@@ -88,19 +93,32 @@ class HippoMemory(nn.Module):
     readout_SE = self.param(
       'readout_SE', self.initializer(0, 1), (self.size, channels)
     )
-    memorized = hippo_memory(
-      self._linear('in', 'DE', channels)(x_BLD),
-      dynamics,
-      state and MemoryState(state.x_BSE, state.cursor.position_B + 1),
-      places=places,
-      readout_SD=readout_SE,
-      method=self.method,
-      chunk=self.chunk,
+
+    def memorize(u_BLD, readout_SD, x_BSD, elapsed_B, places):
+      out_BLD, last = hippo_memory(
+        u_BLD,
+        dynamics,
+        None if x_BSD is None else MemoryState(x_BSD, elapsed_B),
+        places=places,
+        readout_SD=readout_SD,
+        method=self.method,
+        chunk=self.chunk,
+      )
+      return out_BLD, last.x_BSD
+
+    memorize = on_shares(
+      memorize, 'BLD SD BSD B', 'BLD BSD', rules=CHANNEL_RULES
     )
-    read_BLE = memorized.out.astype(x_BLD.dtype)
-    y_BLD = self._linear('out', 'ED', width)(read_BLE)
+    read_BLE, x_BSE = memorize(
+      self._linear('in', 'DE', channels)(x_BLD),
+      readout_SE,
+      state and state.x_BSE,
+      state and state.cursor.position_B + 1,
+      places=places,
+    )
+    y_BLD = self._linear('out', 'ED', width)(read_BLE.astype(x_BLD.dtype))
     if state is not None:
-      state = HippoMemoryState(memorized.last.x_BSD, cursor)
+      state = HippoMemoryState(x_BSE, cursor)
     return y_BLD, state
 
   def initial_state(self, batch_size, max_length, width, dtype):

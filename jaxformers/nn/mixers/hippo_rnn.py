@@ -40,7 +40,8 @@ class HippoRNN(nn.Module):
   """A gated recurrent cell that writes into memories and reads all of them.
 
   Sequential in training too: see `jaxformers.ops.hippo_rnn`, and `HippoMemory`
-  for a mixer that is linear. A projection of the hidden units follows.
+  for a mixer that is linear. Where the mesh of a run cuts sequences, nothing is
+  gained. A projection of the hidden units follows.
 
   Source: Gu et al., "HiPPO", 2020, arXiv 2008.07669, section 2.4, as in
   https://github.com/HazyResearch/hippo-code (cell `mm`, gate `G`).

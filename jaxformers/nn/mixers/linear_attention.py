@@ -11,6 +11,7 @@ from jaxformers.nn.linear import Linear
 from jaxformers.nn.mixers.base import head_width
 from jaxformers.nn.mixers.base import locate
 from jaxformers.nn.mixers.base import require_causal
+from jaxformers.nn.placement import on_shares
 from jaxformers.ops import segments
 from jaxformers.ops.activations import activation
 from jaxformers.ops.linear_attention import LinearMemory
@@ -87,7 +88,8 @@ class LinearAttention(nn.Module):
     )
     heads, width = self.num_heads, self._width(x_BLD.shape[-1])
     project = lambda name: self._linear(name, 'DHK', (heads, width))(x_BLD)
-    out_BLHK, memory = linear_attention(
+    attend = on_shares(linear_attention, 'BLH BLH BLH BH', 'BLH BH')
+    out_BLHK, memory = attend(
       project('query'),
       project('key'),
       project('value'),

@@ -9,6 +9,7 @@ from jaxformers.nn.mixers.diagonal import follows
 from jaxformers.nn.mixers.diagonal import fresh
 from jaxformers.nn.mixers.diagonal import joined
 from jaxformers.nn.mixers.diagonal import read
+from jaxformers.nn.placement import on_shares
 from jaxformers.ops.diagonal import diagonal_system
 from jaxformers.ops.recurrence import LinearMethod
 
@@ -72,7 +73,8 @@ class LRU(nn.Module):
     in_DS = self._matrix('in', fan, (width, size))
     out_SD = self._matrix('out', size, (size, width))
     skip_D = self.param('skip_D', nn.initializers.normal(1.0), (width,))
-    y_BLD, last_BS = diagonal_system(
+    recur = on_shares(diagonal_system, 'BLD S DS SD BS', 'BLD BS')
+    y_BLD, last_BS = recur(
       reading.x_BLD,
       decay_S,
       in_DS * gain_S,

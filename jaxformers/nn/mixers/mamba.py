@@ -15,6 +15,7 @@ from jaxformers.nn.linear import Linear
 from jaxformers.nn.mixers.base import locate
 from jaxformers.nn.mixers.short import ShortConvolution
 from jaxformers.nn.mixers.short import tokens_only
+from jaxformers.nn.placement import on_shares
 from jaxformers.ops import segments
 from jaxformers.ops.recurrence import Discretization
 from jaxformers.ops.recurrence import SelectiveMethod
@@ -145,7 +146,14 @@ class Mamba(nn.Module):
       step_BLF = jnp.zeros_like(x_BLF)
       b = self.param('b_FS', nn.initializers.ones, (width, states))
       c = self.param('c_FS', nn.initializers.normal(1.0), (width, states))
-    return selective_recurrence(
+    system = 'BLS' if self.selective else 'FS'
+    recur = on_shares(
+      selective_recurrence,
+      f'BLF BLF FS {system} {system} F BSF',
+      'BLF BSF',
+      step_bias_E='F',
+    )
+    return recur(
       x_BLF,
       step_BLF,
       -jnp.exp(a_log_FS),

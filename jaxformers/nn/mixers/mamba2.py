@@ -17,6 +17,7 @@ from jaxformers.nn.mixers.base import locate
 from jaxformers.nn.mixers.short import ShortConvolution
 from jaxformers.nn.mixers.short import tokens_only
 from jaxformers.nn.norm import RMSNorm
+from jaxformers.nn.placement import on_shares
 from jaxformers.ops import segments
 from jaxformers.ops.recurrence import Method
 from jaxformers.ops.recurrence import ssd
@@ -122,7 +123,8 @@ class Mamba2(nn.Module):
       'select_convolution', select(x_BLD), state and state.select_BNF, places
     )
     b_BLGS, c_BLGS = jnp.split(select_BLGN, 2, axis=-1)
-    y_BLHK, memory_BHSK = ssd(
+    recur = on_shares(ssd, 'BLH BLH H BLG BLG H BH', 'BLH BH')
+    y_BLHK, memory_BHSK = recur(
       x_BLHK,
       self._step(x_BLD, heads),
       -jnp.exp(self.param('a_log_H', self._rates, (heads,))),

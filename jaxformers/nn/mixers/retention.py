@@ -14,9 +14,11 @@ from jaxformers.nn.linear import Linear
 from jaxformers.nn.mixers.base import head_width
 from jaxformers.nn.mixers.base import locate
 from jaxformers.nn.norm import RMSNorm
+from jaxformers.nn.placement import on_shares
 from jaxformers.ops import segments
 from jaxformers.ops.frequencies import RetNetSpectrum
 from jaxformers.ops.linear_attention import retention
+from jaxformers.ops.linear_attention import retention_log_decay
 from jaxformers.ops.positions import PositionScheme
 from jaxformers.ops.positions import Rotary
 from jaxformers.ops.recurrence import Method
@@ -88,11 +90,13 @@ class Retention(nn.Module):
       x_BLD.shape[:2], state and state.cursor, segments_BL
     )
     key_dim, value_dim = self._widths(x_BLD.shape[-1])
-    out_BLHK, outer_BHKV = retention(
+    retain = on_shares(retention, 'BLH BLH BLH BH', 'BLH BH', log_decay_H='H')
+    out_BLHK, outer_BHKV = retain(
       self._project('query', key_dim, x_BLD),
       self._project('key', key_dim, x_BLD),
       self._project('value', value_dim, x_BLD),
       state and state.outer_BHKV,
+      log_decay_H=retention_log_decay(self.num_heads),
       position=self.position,
       places=places,
       stabilise='decay' if self.stabilise else 'none',

@@ -14,6 +14,8 @@ from jaxformers.nn.mixers.base import locate
 from jaxformers.nn.mixers.base import require_causal
 from jaxformers.nn.mixers.state_space import reversed_places
 from jaxformers.nn.mixers.state_space import widened
+from jaxformers.nn.placement import CHANNEL_RULES
+from jaxformers.nn.placement import on_shares
 from jaxformers.ops import segments
 from jaxformers.ops.rational import rtf_convolution
 from jaxformers.ops.rational import rtf_kernel
@@ -42,6 +44,9 @@ class RTF(nn.Module):
   transforms at no cost that grows with S. The parameter b belongs to `length`,
   and is converted for longer rows, for a state and for packing, exactly as the
   readout of `S4` is, and at the same price.
+
+  Where the mesh of a run cuts sequences, devices exchange tokens for channels, and
+  each convolves whole sequences of its share of the channels.
 
   a begins at 0, a register of the last S inputs. `sum |a_i| < 1` suffices for
   stability; nothing but the start enforces it, because training suffers if it is
@@ -84,15 +89,19 @@ class RTF(nn.Module):
     denominator_DS = self.param('denominator_DS', zeros, shape)
     names = ('numerator_DS', 'backward_DS')[: 1 if self.causal else 2]
     numerators = [self.param(name, draw, shape) for name in names]
-    if places is None:
-      length = u_BLD.shape[1]
-      kernels = [self._kernel(b, denominator_DS, length) for b in numerators]
-      y_BLD = kernel_convolution(u_BLD, *kernels)
-    else:
-      y_BLD, state = self._recur(
-        u_BLD, numerators, denominator_DS, state, places, cursor
-      )
+    convolve = on_shares(
+      self._convolve, 'BLD DS DS BDS', 'BLD BDS', rules=CHANNEL_RULES
+    )
+    y_BLD, register_BDS = convolve(
+      u_BLD,
+      numerators,
+      denominator_DS,
+      state and state.register_BDS,
+      places=places,
+    )
     y_BLD = (y_BLD + skip_D * u_BLD).astype(x_BLD.dtype)
+    if state is not None:
+      state = RTFState(register_BDS, cursor)
     return self.output(y_BLD, deterministic=deterministic), state
 
   def initial_state(self, batch_size, max_length, width, dtype):
@@ -114,12 +123,19 @@ class RTF(nn.Module):
       kernel_DL = jnp.pad(kernel_DL, ((0, 0), (1, 0)))[:, :-1]
     return kernel_DL
 
-  def _recur(self, u_BLD, numerators, denominator_DS, state, places, cursor):
+  def _convolve(self, u_BLD, numerators, denominator_DS, first_BDS, places):
+    """Convolves channels; returns the last register if it went step by step."""
+    if places is not None:
+      return self._recur(u_BLD, numerators, denominator_DS, first_BDS, places)
+    length = u_BLD.shape[1]
+    kernels = [self._kernel(b, denominator_DS, length) for b in numerators]
+    return kernel_convolution(u_BLD, *kernels), None
+
+  def _recur(self, u_BLD, numerators, denominator_DS, first_BDS, places):
     """Goes step by step, with the readouts of a recurrence."""
     batch, _, width = u_BLD.shape
-    first_BDS = jnp.zeros((batch, *denominator_DS.shape), u_BLD.dtype)
-    if state is not None:
-      first_BDS = state.register_BDS
+    if first_BDS is None:
+      first_BDS = jnp.zeros((batch, *denominator_DS.shape), u_BLD.dtype)
     matrix_DST = rtf_matrix(denominator_DS)
 
     def run(numerator_DS, u_BLD, places):
@@ -136,4 +152,4 @@ class RTF(nn.Module):
     for numerator_DS in numerators[1:]:
       back_BLD, _ = run(numerator_DS, u_BLD[:, ::-1], reversed_places(places))
       y_BLD += back_BLD[:, ::-1]
-    return y_BLD, state and RTFState(last_BDS, cursor)
+    return y_BLD, last_BDS

@@ -14,6 +14,7 @@ from jaxformers.nn.init import VarianceScaling
 from jaxformers.nn.linear import Linear
 from jaxformers.nn.mixers.base import locate
 from jaxformers.nn.mixers.short import tokens_only
+from jaxformers.nn.placement import on_shares
 from jaxformers.ops import segments
 from jaxformers.ops.recurrence import WKVMethod
 from jaxformers.ops.recurrence import WKVState
@@ -102,7 +103,7 @@ class RWKV4(nn.Module):
       (width,),
     )
     bonus_D = self.param('bonus_D', _bonus, (width,))
-    mean_BLD, sums = wkv(
+    mean_BLD, sums = on_shares(wkv, 'BLD BLD D D BD', 'BLD BD')(
       key_BLD,
       value_BLD,
       -jnp.exp(log_rate_D),
@@ -199,7 +200,8 @@ class _Shift:
       lambda _, shape: _ramp(shape, shape[0]) ** power + offset,
       (width,),
     )
-    mixed_BLD, self.buffer_B1D = short_convolution(
+    mix = on_shares(short_convolution, 'BLD WD D BND', 'BLD BND')
+    mixed_BLD, self.buffer_B1D = mix(
       self.x_BLD,
       jnp.stack([1 - mix_D, mix_D]),
       None,

@@ -15,6 +15,7 @@ from jaxformers.nn.mixers.base import head_width
 from jaxformers.nn.mixers.base import locate
 from jaxformers.nn.mixers.short import tokens_only
 from jaxformers.nn.norm import LayerNorm
+from jaxformers.nn.placement import on_shares
 from jaxformers.ops import segments
 from jaxformers.ops.recurrence import Method
 from jaxformers.ops.recurrence import decays_in_segments
@@ -104,11 +105,19 @@ class RWKV6(nn.Module):
     if places is not None:
       key = jnp.where(places.number_BL[..., None, None] == 0, 0, key)
     log_decay = self._log_decay(mixed.get('decay'), heads)
-    out_BLHK, memory_BHKN = outer_recurrence(
+    log_decay = decays_in_segments(log_decay, places)
+    decay = 'BLHK'[-log_decay.ndim :]
+    recur = on_shares(
+      outer_recurrence,
+      f'BLHK BLHK BLHK {decay} BH',
+      'BLHK BH',
+      bonus_HK='HK',
+    )
+    out_BLHK, memory_BHKN = recur(
       receptance,
       key,
       value,
-      decays_in_segments(log_decay, places),
+      log_decay,
       state and state.memory_BHKN,
       bonus_HK=self.param('bonus_HK', self._bonus, heads),
       method=self.method,
@@ -136,7 +145,8 @@ class RWKV6(nn.Module):
     """Returns mixtures of each token with the one before it, by name."""
     width = x_BLD.shape[-1]
     only_before = jnp.zeros((2, width)).at[0].set(1)
-    before_BLD, buffer_B1D = short_convolution(
+    look_back = on_shares(short_convolution, 'BLD WD D BND', 'BLD BND')
+    before_BLD, buffer_B1D = look_back(
       x_BLD, only_before, None, buffer_B1D, places=places
     )
     change_BLD = before_BLD - x_BLD

@@ -13,6 +13,8 @@ from jaxformers.nn.mixers.state_space import reversed_places
 from jaxformers.nn.mixers.state_space import stable_param
 from jaxformers.nn.mixers.state_space import step_param
 from jaxformers.nn.mixers.state_space import widened
+from jaxformers.nn.placement import CHANNEL_RULES
+from jaxformers.nn.placement import on_shares
 from jaxformers.ops.recurrence.convolution import kernel_convolution
 from jaxformers.ops.state_spaces import LowRankMeasure
 from jaxformers.ops.state_spaces import LowRankSystem
@@ -43,6 +45,9 @@ class S4(nn.Module):
     been recovered from C~ at the same price, in every call. So packed training
     is slow, and decoding token by token takes many times what `S4D` takes, which
     has neither restriction.
+
+  Where the mesh of a run cuts sequences, devices exchange tokens for channels, and
+  each convolves whole sequences of its share of the channels.
 
   The authors train the parameters that `jaxformers.optim.selection.matching(
   '(rate|frequency|low_rank_..|input_..|step)_', params)` finds without weight
@@ -92,12 +97,15 @@ class S4(nn.Module):
     step_D = step_param(self, 'D', self.steps, (width,))
     names = ('readout',) if self.causal else ('readout', 'backward')
     systems = self._systems(width, names)
-    if places is None:
-      kernels = [self._kernel(s, step_D, u_BLD.shape[1]) for s in systems]
-      y_BLD = kernel_convolution(u_BLD, *kernels)
-    else:
-      y_BLD, state = self._recur(u_BLD, systems, step_D, state, places, cursor)
+    convolve = on_shares(
+      self._convolve, 'BLD D D BDS', 'BLD BDS', rules=CHANNEL_RULES
+    )
+    y_BLD, last_BDS = convolve(
+      u_BLD, systems, step_D, state and state.modes_BDS, places=places
+    )
     y_BLD = (y_BLD + skip_D * u_BLD).astype(x_BLD.dtype)
+    if state is not None:
+      state = ModesState(last_BDS.real, last_BDS.imag, cursor)
     return self.output(y_BLD, deterministic=deterministic), state
 
   def initial_state(self, batch_size, max_length, width, dtype):
@@ -145,12 +153,19 @@ class S4(nn.Module):
       system = system._replace(readout_S=complex_readout(readout_DN))
     return s4_kernel(system, step_D, known)[:, :length]
 
-  def _recur(self, u_BLD, systems, step_D, state, places, cursor):
+  def _convolve(self, u_BLD, systems, step_D, first_BDS, places):
+    """Convolves channels; returns the last modes if it went step by step."""
+    if places is not None:
+      return self._recur(u_BLD, systems, step_D, first_BDS, places)
+    kernels = [self._kernel(s, step_D, u_BLD.shape[1]) for s in systems]
+    return kernel_convolution(u_BLD, *kernels), None
+
+  def _recur(self, u_BLD, systems, step_D, first_BDS, places):
     """Goes step by step, with the readouts of a recurrence."""
-    batch, _, width = u_BLD.shape
-    if state is None:
+    if first_BDS is None:
+      batch, _, width = u_BLD.shape
       fresh = ModesState.zeros(batch, width, self.state_size // 2, u_BLD.dtype)
-    first_BDS = (fresh if state is None else state).modes_BDS
+      first_BDS = fresh.modes_BDS
     matrix_DNM = s4_matrix(systems[0], step_D)
 
     def run(system, u_BLD, places):
@@ -163,6 +178,4 @@ class S4(nn.Module):
     for system in systems[1:]:
       back_BLD, _ = run(system, u_BLD[:, ::-1], reversed_places(places))
       y_BLD += back_BLD[:, ::-1]
-    if state is not None:
-      state = ModesState(last_BDS.real, last_BDS.imag, cursor)
-    return y_BLD, state
+    return y_BLD, last_BDS

@@ -12,6 +12,7 @@ from jaxformers.nn.mixers.state_space import reversed_places
 from jaxformers.nn.mixers.state_space import stable_param
 from jaxformers.nn.mixers.state_space import step_param
 from jaxformers.nn.mixers.state_space import widened
+from jaxformers.nn.placement import on_shares
 from jaxformers.ops.diagonal import Discretization
 from jaxformers.ops.diagonal import discretize
 from jaxformers.ops.recurrence.convolution import ConvolutionMethod
@@ -99,7 +100,7 @@ class S4D(nn.Module):
 
   def _convolve(self, u_BLD, modes, state, places):
     packed = self.method == 'fft' and places is not None
-    return lti_convolution(
+    return on_shares(lti_convolution, 'BLD DS BDS', 'BLD BDS')(
       u_BLD,
       modes,
       state and state.modes_BDS,

@@ -14,6 +14,7 @@ from jaxformers.nn.mixers.diagonal import follows
 from jaxformers.nn.mixers.diagonal import fresh
 from jaxformers.nn.mixers.diagonal import joined
 from jaxformers.nn.mixers.diagonal import read
+from jaxformers.nn.placement import on_shares
 from jaxformers.ops.diagonal import Discretization
 from jaxformers.ops.diagonal import diagonal_system
 from jaxformers.ops.diagonal import discretize
@@ -93,7 +94,8 @@ class S5(nn.Module):
     out_SD = self._out('out', width)
     skip_D = self.param('skip_D', nn.initializers.normal(1.0), (width,))
     options = {'skip': reading.skip, 'method': self.method, 'chunk': self.chunk}
-    y_BLD, last_BS = diagonal_system(
+    recur = on_shares(diagonal_system, 'BLD S DS SD BS', 'BLD BS')
+    y_BLD, last_BS = recur(
       reading.x_BLD,
       decay_S,
       in_DS,
@@ -103,15 +105,17 @@ class S5(nn.Module):
       **options,
     )
     if self.bidirectional:
-      y_BLD += diagonal_system(
+      back_BLD, _ = recur(
         reading.x_BLD,
         decay_S,
         in_DS,
         self._out('back', width),
+        None,
         reset=ends(segments_BL),
         reverse=True,
         **options,
-      ).out_BLE
+      )
+      y_BLD += back_BLD
     y_BLD += skip_D.astype(x_BLD.dtype) * reading.x_BLD
     y_BLD = self.output(y_BLD, deterministic=deterministic)
     return y_BLD, follows(state, last_BS, reading.cursor)

@@ -7,6 +7,7 @@ from jaxtyping import Float
 
 from jaxformers.nn.init import Initializer
 from jaxformers.nn.init import VarianceScaling
+from jaxformers.nn.placement import on_shares
 from jaxformers.ops.recurrence import ShortConvolved
 from jaxformers.ops.recurrence import short_convolution
 from jaxformers.ops.segments import Places
@@ -58,8 +59,9 @@ class ShortConvolution(nn.Module):
     bias_F = None
     if self.use_bias:
       bias_F = self.param('b_F', self._bias, shape)
-    return short_convolution(
-      x_BLF, weight_WF, bias_F, buffer_BNF, places=places
+    convolve = on_shares(short_convolution, 'BLF WF F BNF', 'BLF BNF')
+    return ShortConvolved(
+      *convolve(x_BLF, weight_WF, bias_F, buffer_BNF, places=places)
     )
 
   def _bias(self, key, shape):

@@ -13,6 +13,7 @@ from jaxformers.ops.hippo.dynamics import Dynamics
 from jaxformers.ops.hippo.times import cut_times
 from jaxformers.ops.hippo.times import find_times
 from jaxformers.ops.hippo.times import in_chunks
+from jaxformers.ops.recurrence.varying import varying_alike
 from jaxformers.ops.segments import Places
 
 CHUNK = 16
@@ -109,6 +110,7 @@ def hippo_memory(
     x_BSD = initial.x_BSD.astype(dtype)
   times = find_times((batch, length), elapsed_B, places, times_BL)
   u_BLD = jnp.where(times.is_token_BC[..., None], u_BLD, 0).astype(dtype)
+  x_BSD, times, u_BLD = varying_alike((x_BSD, times, u_BLD))
   go = {'chunked': _products, 'sequential': _steps, 'associative': _tree}[
     method
   ]

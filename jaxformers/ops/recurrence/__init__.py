@@ -13,11 +13,9 @@ from jaxformers.ops.recurrence.linear import Recurrence
 from jaxformers.ops.recurrence.linear import check_decay
 from jaxformers.ops.recurrence.linear import fastest_method
 from jaxformers.ops.recurrence.linear import linear_recurrence
-from jaxformers.ops.recurrence.linear import sharded_linear_recurrence
 from jaxformers.ops.recurrence.outer import Method
 from jaxformers.ops.recurrence.outer import Recurred
 from jaxformers.ops.recurrence.outer import outer_recurrence
-from jaxformers.ops.recurrence.outer import sharded_outer_recurrence
 from jaxformers.ops.recurrence.rg_lru import GatedRecurred
 from jaxformers.ops.recurrence.rg_lru import rg_lru
 from jaxformers.ops.recurrence.rg_lru import rg_lru_decay
@@ -26,7 +24,6 @@ from jaxformers.ops.recurrence.selective import Selected
 from jaxformers.ops.recurrence.selective import SelectiveMethod
 from jaxformers.ops.recurrence.selective import selective_recurrence
 from jaxformers.ops.recurrence.short import ShortConvolved
-from jaxformers.ops.recurrence.short import sharded_short_convolution
 from jaxformers.ops.recurrence.short import short_convolution
 from jaxformers.ops.recurrence.ssd import ssd
 from jaxformers.ops.recurrence.stepwise import step_through

@@ -9,7 +9,10 @@ from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Complex, Float
 
+from jaxformers.ops.recurrence.devices import entering
+from jaxformers.ops.recurrence.devices import last_of_all
 from jaxformers.ops.recurrence.stepwise import step_through
+from jaxformers.ops.recurrence.varying import varying_alike
 from jaxformers.ops.segments import Places
 
 CHUNK = 64
@@ -109,6 +112,7 @@ def lti_convolution(
   places: Places | None = None,
   method: ConvolutionMethod = 'auto',
   chunk: int | None = None,
+  axis_name: str | None = None,
 ) -> Convolved:
   """Runs a diagonal linear system per channel over a sequence.
 
@@ -138,6 +142,7 @@ def lti_convolution(
       leaves them alone, whatever it holds.
     method: see above.
     chunk: C; None for `CHUNK`, or `PACKED_CHUNK` with places.
+    axis_name: see `outer_recurrence`.
 
   Returns:
     Output and last modes.
@@ -152,8 +157,8 @@ def lti_convolution(
   modes = Modes(
     *(x.astype(jnp.result_type(dtype, jnp.complex64)) for x in modes)
   )
-  is_fresh = initial_BDS is None
-  if is_fresh:
+  is_fresh = initial_BDS is None and axis_name is None
+  if initial_BDS is None:
     initial_BDS = jnp.zeros((batch, *modes.decay.shape))
   initial_BDS = initial_BDS.astype(modes.decay.dtype)
   if chunk is None:
@@ -168,10 +173,33 @@ def lti_convolution(
   x_BLD = input_BLD.astype(dtype)
   if places is not None:
     x_BLD = jnp.where(places.number_BL[..., None] == 0, 0, x_BLD)
-  out_BLD, last_BDS = run(x_BLD, modes, initial_BDS, places, min(chunk, length))
+  x_BLD, initial_BDS = varying_alike((x_BLD, initial_BDS))
+  options = places, min(chunk, length)
+  if axis_name is not None:
+    nothing_BDS = jnp.zeros_like(initial_BDS)
+    _, written_BDS = run(x_BLD, modes, nothing_BDS, *options)
+    kept = _kept(modes.decay, places, length)
+    initial_BDS = entering(axis_name, kept, written_BDS, initial_BDS)
+  out_BLD, last_BDS = run(x_BLD, modes, initial_BDS, *options)
   if method == 'fft' and not is_fresh:
     out_BLD += _read_before(modes, initial_BDS, length)
+  last_BDS = last_of_all(axis_name, last_BDS)
   return Convolved(out_BLD.astype(input_BLD.dtype), last_BDS)
+
+
+def _kept(decay_DS, places, length):
+  """Returns what is left of each mode after all tokens, `[B or 1, D, S]`."""
+  if places is None:
+    return decay_DS[None] ** length
+  is_token_BL = places.number_BL != 0
+  begins_B = jnp.any(is_token_BL & (places.position_BL == 0), axis=1)
+  count_B11 = is_token_BL.sum(axis=1)[:, None, None]
+  kept_BDS = jnp.where(begins_B[:, None, None], 0, jnp.ones_like(decay_DS))
+  for bit in range(length.bit_length()):
+    has_bit_B11 = (count_B11 >> bit) & 1 == 1
+    kept_BDS = jnp.where(has_bit_B11, kept_BDS * decay_DS, kept_BDS)
+    decay_DS = decay_DS * decay_DS
+  return kept_BDS
 
 
 class _Tables(NamedTuple):

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Inexact
 import numpy as np
 
 from jaxformers.ops.recurrence import steps
+from jaxformers.ops.recurrence.devices import last_of_all
 from jaxformers.ops.recurrence.varying import varying_alike
 
 CHUNK = 128
@@ -41,6 +42,7 @@ def linear_recurrence(
   reverse: bool = False,
   method: LinearMethod = 'auto',
   chunk: int | None = None,
+  axis_name: str | None = None,
 ) -> Recurrence:
   """Runs `h_t = a_t h_(t-1) + b_t`, number by number.
 
@@ -60,12 +62,16 @@ def linear_recurrence(
   a decay that is the same for many steps, rows or numbers nor its gradient is
   copied to each of them (but `'associative'` has one decay for each step).
 
+  With `axis_name` each device runs its steps twice: first to learn what it makes
+  of the state that enters it, then with that state. In between two small arrays
+  per device are gathered by all; states never travel.
+
   Never compute this as `p cumsum(b / p)` with `p = cumprod(a)`: in float32 that
   is nan at |a| = 0.99 after 65536 steps, and off in the fourth digit after 4096.
 
   Source: Blelloch, "Prefix Sums and Their Applications", 1990, section 1.4;
   Martin and Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence
-  Length", 2018, arXiv 1709.04057, section 2.
+  Length", 2018, arXiv 1709.04057, section 2, and algorithm 1 (many devices).
 
   Args:
     decay: a, real or complex, of any shape that broadcasts to the input's:
@@ -80,6 +86,9 @@ def linear_recurrence(
     reverse: whether to go from the end, `h_t = a_t h_(t+1) + b_t`.
     method: see above.
     chunk: steps per chunk for `'chunked'`; None for `CHUNK`.
+    axis_name: of the mesh axis along which steps are split, in order, within
+      `jax.shard_map`; the initial state is the same on all devices, and so is
+      the last. None if they are not split.
 
   Returns:
     All states, and the last.
@@ -89,50 +98,8 @@ def linear_recurrence(
       chunk make no sense.
   """
   options = reset, skip, reverse, method, chunk
-  return Recurrence(*_prepared(None, decay, input, initial, *options))
-
-
-def sharded_linear_recurrence(
-  decay: Inexact[Array, '...'],
-  input: Inexact[Array, 'B L ...'],
-  initial: Inexact[Array, 'B ...'] | None = None,
-  *,
-  axis_name: str,
-  reset: Bool[Array, 'B L'] | None = None,
-  skip: Bool[Array, 'B L'] | None = None,
-  reverse: bool = False,
-  method: LinearMethod = 'auto',
-  chunk: int | None = None,
-) -> Recurrence:
-  """Runs `linear_recurrence` over steps that are split among devices.
-
-  For use within `jax.shard_map`. Each device runs its steps twice: first to
-  learn what it makes of the state that enters it, then with that state. In
-  between two small arrays per device are gathered by all; states never travel.
-  Gradients take the same way back.
-
-  Source: Martin and Cundy, "Parallelizing Linear Recurrent Neural Nets Over
-  Sequence Length", 2018, arXiv 1709.04057, algorithm 1.
-
-  Args:
-    decay: of the steps of this device, like what follows.
-    input: b.
-    initial: h before the first step of all, the same on all devices.
-    axis_name: of the mesh axis along which steps are split, in order.
-    reset: see `linear_recurrence`.
-    skip: see `linear_recurrence`.
-    reverse: see `linear_recurrence`.
-    method: see `linear_recurrence`.
-    chunk: see `linear_recurrence`.
-
-  Returns:
-    The states of this device, and the last of all devices, the same on each.
-  """
-  options = reset, skip, reverse, method, chunk
   states, last = _prepared(axis_name, decay, input, initial, *options)
-  end = 0 if reverse else jax.lax.axis_size(axis_name) - 1
-  is_end = jax.lax.axis_index(axis_name) == end
-  return Recurrence(states, jax.lax.psum(jnp.where(is_end, last, 0), axis_name))
+  return Recurrence(states, last_of_all(axis_name, last, down=reverse))
 
 
 def fastest_method(platform: str) -> LinearMethod:

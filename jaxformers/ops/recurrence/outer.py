@@ -10,6 +10,8 @@ from jaxtyping import Float
 
 from jaxformers.ops.recurrence import decay
 from jaxformers.ops.recurrence import outer_chunks
+from jaxformers.ops.recurrence.devices import entering
+from jaxformers.ops.recurrence.devices import last_of_all
 from jaxformers.ops.recurrence.outer_chunks import Steps
 from jaxformers.ops.recurrence.varying import varying_alike
 
@@ -38,6 +40,7 @@ def outer_recurrence(
   bonus_HK: Float[Array, 'H K'] | None = None,
   method: Method = 'auto',
   chunk: int | None = None,
+  axis_name: str | None = None,
 ) -> Recurred:
   """Writes outer products into a decaying matrix, and reads from it.
 
@@ -56,6 +59,10 @@ def outer_recurrence(
   `'recurrent'` goes step by step, time `O(L K V)`. `'auto'` is `'chunked'` on
   CPUs and `'parallel_chunks'` elsewhere: of the platform that the program is
   compiled for.
+
+  With `axis_name` each device finds what its share of the steps writes and how
+  much it leaves of the state before it. All get these of all, in two gathers as
+  small as states, and find the state before their own share.
 
   Sums run in float32, or float64 for float64 inputs. Exponents are sums that are
   never positive, so nothing overflows or cancels, however long the sequence and
@@ -86,6 +93,9 @@ def outer_recurrence(
     method: see above.
     chunk: C, tokens per chunk, rounded up to a power of 2 (for `'recurrent'`,
       between states that are kept); None for `chunk_length` of the method.
+    axis_name: of the mesh axis along which steps are split, in equal,
+      consecutive shares, within `jax.shard_map`; what has no steps is the same
+      on all devices, and so is the last state. None if they are not split.
 
   Returns:
     Output and last state, in at least float32.
@@ -102,89 +112,14 @@ def outer_recurrence(
     initial_BHKV = _zero_state(key_BLGK, value_BLHV, dtype)
   initial_BHKV = initial_BHKV.astype(dtype)
   steps = Steps(*arrays, log_decay)
+  if axis_name is not None:
+    initial_BHKV = _entering(axis_name, initial_BHKV, steps)
   out, last_BHKV = _run(
     method, chunk, bonus_HK is not None, initial_BHKV, steps
   )
   if bonus_HK is not None:
     out += _own(*(x.astype(dtype) for x in arrays), bonus_HK)
-  return Recurred(out, last_BHKV)
-
-
-def sharded_outer_recurrence(
-  query_BLGK: Float[Array, 'B L G K'],
-  key_BLGK: Float[Array, 'B L G K'],
-  value_BLHV: Float[Array, 'B L H V'],
-  log_decay: Float[Array, '...'] | None = None,
-  initial_BHKV: Float[Array, 'B H K V'] | None = None,
-  *,
-  axis_name: str,
-  bonus_HK: Float[Array, 'H K'] | None = None,
-  method: Method = 'auto',
-  chunk: int | None = None,
-) -> Recurred:
-  """Does what `outer_recurrence` does, on a sequence split among devices.
-
-  To be called inside `jax.shard_map`, with equal, consecutive shares of the
-  length on the devices of one mesh axis. Each device finds what its share writes
-  and how much it leaves of the state before it. All devices get these of all, in
-  two gathers as small as states, and find the state before their own share.
-
-  Source: none; the two passes of Blelloch, "Prefix Sums and Their Applications",
-  1990, section 1.4, of `outer_recurrence`.
-
-  Args:
-    query_BLGK: this device's steps, as for `outer_recurrence`.
-    key_BLGK: likewise.
-    value_BLHV: likewise.
-    log_decay: likewise; constant ones are the same on all devices.
-    initial_BHKV: state before the first step of the first device, the same on
-      all.
-    axis_name: the mesh axis.
-    bonus_HK: as for `outer_recurrence`, the same on all devices.
-    method: likewise.
-    chunk: likewise.
-
-  Returns:
-    This device's output, and the state after the last step of the last device,
-    the same on all.
-  """
-  _check(query_BLGK, key_BLGK, value_BLHV, log_decay, initial_BHKV, bonus_HK)
-  _check_method(method, chunk)
-  arrays = query_BLGK, key_BLGK, value_BLHV
-  dtype = jnp.result_type(*arrays, jnp.float32)
-  steps = Steps(*arrays, _per_step(log_decay, key_BLGK.shape[1], dtype))
-  zero_BHKV = _zero_state(key_BLGK, value_BLHV, dtype)
-  if initial_BHKV is None:
-    initial_BHKV = zero_BHKV
-  zero_BHKV, initial_BHKV, steps = varying_alike(
-    (
-      zero_BHKV,
-      initial_BHKV.astype(dtype),
-      steps,
-    )
-  )
-  size = _chunk_length('chunked', None, steps)
-  shares = outer_chunks.summary(size, zero_BHKV, steps)
-  shares = jax.lax.all_gather(shares, axis_name)
-
-  def over(state, share):
-    kept, written = share
-    return kept * state + written, state
-
-  _, states = jax.lax.scan(over, initial_BHKV, shares)
-  index = jax.lax.axis_index(axis_name)
-  before_BHKV = jax.lax.dynamic_index_in_dim(states, index, keepdims=False)
-  out, last_BHKV = outer_recurrence(
-    *arrays,
-    log_decay,
-    before_BHKV,
-    bonus_HK=bonus_HK,
-    method=method,
-    chunk=chunk,
-  )
-  is_last = index == jax.lax.axis_size(axis_name) - 1
-  last_BHKV = jax.lax.psum(jnp.where(is_last, last_BHKV, 0), axis_name)
-  return Recurred(out, last_BHKV)
+  return Recurred(out, last_of_all(axis_name, last_BHKV))
 
 
 def chunk_length(method: Method, *, per_channel: bool, length: int) -> int:
@@ -219,6 +154,14 @@ def _run(method, chunk, before, state, steps):
   return jax.lax.platform_dependent(
     state, steps, cpu=by('chunked'), default=by('parallel_chunks')
   )
+
+
+def _entering(axis_name, initial_BHKV, steps):
+  """Returns the state before the share of this device."""
+  zero_BHKV, steps = varying_alike((jnp.zeros_like(initial_BHKV), steps))
+  size = _chunk_length('chunked', None, steps)
+  kept, written_BHKV = outer_chunks.summary(size, zero_BHKV, steps)
+  return entering(axis_name, kept, written_BHKV, initial_BHKV)
 
 
 def _own(query, key, value, bonus_HK):

@@ -8,6 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from jaxformers.ops.recurrence.chunks import scan_chunks
+from jaxformers.ops.recurrence.devices import entering
+from jaxformers.ops.recurrence.devices import last_of_all
+from jaxformers.ops.recurrence.devices import positions
+from jaxformers.ops.recurrence.varying import varying_alike
 from jaxformers.ops.segments import Places
 
 STEEPEST = 1000.0
@@ -36,6 +40,7 @@ def rg_lru(
   places: Places | None = None,
   sharpness: float = 8.0,
   chunk: int | None = None,
+  axis_name: str | None = None,
 ) -> GatedRecurred:
   """Runs the real-gated linear recurrent unit.
 
@@ -63,6 +68,7 @@ def rg_lru(
       holds. None for one segment, which begins here if there is no state.
     sharpness: c of the paper.
     chunk: tokens per chunk; None for 64.
+    axis_name: see `outer_recurrence`.
 
   Raises:
     ValueError: if shapes do not fit.
@@ -71,7 +77,8 @@ def rg_lru(
   batch, length, width = x_BLD.shape
   dtype = jnp.result_type(x_BLD, decay_D, jnp.float32)
   is_token_BL = jnp.ones((batch, length), bool)
-  begins_BL = jnp.zeros_like(is_token_BL).at[:, 0].set(initial_BD is None)
+  begins_BL = is_token_BL & (positions(axis_name, length) == 0)
+  begins_BL &= initial_BD is None
   if places is not None:
     is_token_BL = places.number_BL != 0
     begins_BL = is_token_BL & (places.position_BL == 0)
@@ -100,7 +107,14 @@ def rg_lru(
     return jax.lax.scan(step, state_BD, (jnp.where(is_token, decay, 1), write))
 
   inputs = x_BLD, input_gate_BLD, recurrence_gate_BLD, is_token_BL, begins_BL
-  last_BD, out_BLD = scan_chunks(go, initial_BD.astype(dtype), inputs, chunk)
+  state_BD, inputs = varying_alike((initial_BD.astype(dtype), inputs))
+  if axis_name is not None:
+    nothing_BD = jnp.zeros_like(state_BD)
+    written_BD, _ = scan_chunks(go, nothing_BD, inputs, chunk)
+    kept_BD = _kept(rate_D, *inputs[2:])
+    state_BD = entering(axis_name, kept_BD, written_BD, state_BD)
+  last_BD, out_BLD = scan_chunks(go, state_BD, inputs, chunk)
+  last_BD = last_of_all(axis_name, last_BD)
   return GatedRecurred(out_BLD.astype(x_BLD.dtype), last_BD)
 
 
@@ -115,6 +129,15 @@ def rg_lru_decay(decay_D: Float[Array, ' D']) -> Float[Array, ' D']:
     decay_D: strictly between 0 and 1.
   """
   return jnp.log(jnp.expm1(-jnp.log(decay_D)))
+
+
+@jax.checkpoint
+def _kept(rate_D, recurrence_gate_BLD, is_token_BL, begins_BL):
+  """Returns the product of all decays."""
+  is_token, begins_B1 = is_token_BL[..., None], begins_BL.any(1)[:, None]
+  gate_BLD = jnp.where(is_token, recurrence_gate_BLD.astype(rate_D.dtype), 0)
+  open_BLD = jnp.where(is_token, jax.nn.sigmoid(gate_BLD), 0)
+  return jnp.where(begins_B1, 0, jnp.exp(rate_D * open_BLD.sum(axis=1)))
 
 
 @jax.custom_jvp

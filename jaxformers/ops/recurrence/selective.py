@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Float, Inexact
 
 from jaxformers.ops.recurrence.chunks import scan_chunks
+from jaxformers.ops.recurrence.devices import entering
+from jaxformers.ops.recurrence.devices import last_of_all
+from jaxformers.ops.recurrence.varying import varying_alike
 from jaxformers.ops.segments import Places
 
 SelectiveMethod = Literal['fused', 'chunked', 'associative', 'sequential']
@@ -47,6 +50,7 @@ def selective_recurrence(
   discretization: Discretization = 'euler',
   method: SelectiveMethod = 'fused',
   chunk: int | None = None,
+  axis_name: str | None = None,
 ) -> Selected:
   """Runs a diagonal state-space model whose step, input and readout may vary.
 
@@ -88,6 +92,7 @@ def selective_recurrence(
     discretization: see above.
     method: see above.
     chunk: C, tokens per chunk, for `'fused'` and `'chunked'`; None for 64.
+    axis_name: see `outer_recurrence`.
 
   Raises:
     ValueError: if shapes do not fit, or an option is unknown.
@@ -105,9 +110,14 @@ def selective_recurrence(
   )
   state_BGSE = _grouped(initial_BSE, tokens['x'].shape[2]).swapaxes(1, 2)
   run = _whole if method in ('associative', 'sequential') else _in_chunks
-  out_BLGE, last_BGSE = run(
-    transition, tokens, constants, state_BGSE.astype(dtype), method, chunk
-  )
+  state_BGSE, tokens = varying_alike((state_BGSE.astype(dtype), tokens))
+  run = functools.partial(run, transition, tokens, constants)
+  if axis_name is not None:
+    _, written_BGSE = run(jnp.zeros_like(state_BGSE), method, chunk)
+    kept_BGSE = _kept(tokens, constants, softplus)
+    state_BGSE = entering(axis_name, kept_BGSE, written_BGSE, state_BGSE)
+  out_BLGE, last_BGSE = run(state_BGSE, method, chunk)
+  last_BGSE = last_of_all(axis_name, last_BGSE)
   if jnp.iscomplexobj(out_BLGE):
     out_BLGE = 2 * out_BLGE.real
   out_BLE = out_BLGE.reshape(x_BLE.shape)
@@ -155,6 +165,18 @@ def _steps(tokens, constants, softplus):
   if softplus:
     step = jax.nn.softplus(step)
   return jnp.where(tokens['is_token'][..., None, None], step, 0)
+
+
+@functools.partial(jax.checkpoint, static_argnums=2)
+def _kept(tokens, constants, softplus):
+  """Returns the product of all decays, `[B, G, S, E]`."""
+  a = constants['a']
+  total_BGE = _steps(tokens, constants, softplus).sum(axis=1)
+  kept_BGSE = jnp.exp(_spread(total_BGE, a.shape[-2]) * a)
+  if 'begins' not in tokens:
+    return kept_BGSE
+  begins_B = tokens['begins'].any(axis=1)
+  return jnp.where(begins_B[:, None, None, None], 0, kept_BGSE)
 
 
 def _transition(tokens, constants, *, softplus, discretization):

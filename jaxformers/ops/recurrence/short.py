@@ -5,8 +5,10 @@ from typing import NamedTuple
 import jax
 from jax import Array
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
+from jaxformers.ops.recurrence.devices import entering
+from jaxformers.ops.recurrence.devices import last_of_all
 from jaxformers.ops.segments import Places
 
 
@@ -30,6 +32,7 @@ def short_convolution(
   buffer_BND: Float[Array, 'B N D'] | None = None,
   *,
   places: Places | None = None,
+  axis_name: str | None = None,
 ) -> ShortConvolved:
   """Mixes each token with the W - 1 tokens before it, channel by channel.
 
@@ -40,7 +43,7 @@ def short_convolution(
 
   Source: Gu and Dao, "Mamba", 2023, arXiv 2312.00752, section 3.4; as in the
   authors' code, https://github.com/Dao-AILab/causal-conv1d, but the buffer
-  holds W - 1 tokens instead of W.
+  holds W - 1 tokens instead of W. Between devices: none, a halo exchange.
 
   Args:
     x_BLD: the tokens.
@@ -49,6 +52,10 @@ def short_convolution(
     buffer_BND: what an earlier call returned; None for zeros.
     places: where the tokens stand, see `jaxformers.ops.segments`; None if all
       belong to one segment, which began where the buffer did.
+    axis_name: of the mesh axis along which tokens are split, in equal,
+      consecutive shares, within `jax.shard_map`; the buffer is the same on all
+      devices. Each sends its last W - 1 tokens to the next, or with places to
+      all. None if they are not split.
 
   Returns:
     Output, and the buffer for the next tokens.
@@ -58,6 +65,12 @@ def short_convolution(
   """
   buffer_BND = _checked_buffer(x_BLD, weight_WD, bias_D, buffer_BND)
   length, width = x_BLD.shape[1], weight_WD.shape[0]
+  if axis_name is not None:
+    buffer_BND = _arriving(axis_name, buffer_BND, x_BLD, weight_WD, places)
+    out_BLD, buffer_BND = short_convolution(
+      x_BLD, weight_WD, bias_D, buffer_BND, places=places
+    )
+    return ShortConvolved(out_BLD, last_of_all(axis_name, buffer_BND))
   if places is None:
     line_BMD = jnp.concatenate([buffer_BND, x_BLD], axis=1)
     out_BLD = _slide(line_BMD, weight_WD, bias_D)
@@ -75,50 +88,32 @@ def short_convolution(
   )
 
 
-def sharded_short_convolution(
-  x_BLD: Float[Array, 'B L D'],
-  weight_WD: Float[Array, 'W D'],
-  bias_D: Float[Array, ' D'] | None = None,
-  *,
-  axis_name: str,
-  position_BL: Int[Array, 'B L'] | None = None,
-) -> Float[Array, 'B L D']:
-  """Does what `short_convolution` does, on a sequence split among devices.
+def _arriving(axis_name, buffer_BND, x_BLD, weight_WD, places):
+  """Returns the tokens before the share of this device."""
+  reach, length = buffer_BND.shape[1], x_BLD.shape[1]
+  if reach == 0:
+    return buffer_BND
+  if places is None and reach <= length:
+    # The device before has them all.
+    devices = range(jax.lax.axis_size(axis_name))
+    pairs = list(zip(devices[:-1], devices[1:], strict=True))
+    sent_BND = jax.lax.ppermute(x_BLD[:, length - reach :], axis_name, pairs)
+    is_first = jax.lax.axis_index(axis_name) == 0
+    return jnp.where(is_first, buffer_BND, sent_BND.astype(buffer_BND.dtype))
+  count_B1 = jnp.full((len(x_BLD), 1), length)
+  if places is not None:
+    count_B1 = jnp.sum(places.number_BL != 0, axis=1, keepdims=True)
+  _, written_BND = short_convolution(x_BLD, weight_WD, places=places)
 
-  To be called inside `jax.shard_map`, with equal, consecutive shares of the
-  length on the devices of one mesh axis. Each device sends its last W - 1
-  tokens to the next, in one `ppermute`; nothing else is communicated.
-
-  Source: none; a halo exchange, of `short_convolution`.
-
-  Args:
-    x_BLD: this device's tokens, at least W - 1.
-    weight_WD: as for `short_convolution`, the same on all devices.
-    bias_D: likewise.
-    axis_name: the mesh axis.
-    position_BL: position of each token in its segment; None for one segment.
-      Padding, which holds finite numbers, may stand at the end of rows only.
-
-  Raises:
-    ValueError: if shapes do not fit or a share is shorter than W - 1.
-  """
-  _checked_buffer(x_BLD, weight_WD, bias_D, None)
-  reach = weight_WD.shape[0] - 1
-  if x_BLD.shape[1] < reach:
-    raise ValueError(
-      f'each device must hold at least {reach} tokens, as many as a token looks '
-      f'back on, got {x_BLD.shape[1]}; use fewer devices or a shorter weight.'
+  def after(count_B1, written_BND, buffer_BND):
+    """Moves the buffer on by as many tokens as are written at its end."""
+    from_BN1 = (count_B1 + jnp.arange(reach))[..., None]
+    moved_BND = jnp.take_along_axis(
+      buffer_BND, jnp.minimum(from_BN1, reach - 1), axis=1
     )
-  devices = jax.lax.axis_size(axis_name)
-  # The first device receives from none, and is given zeros.
-  halo_BND = jax.lax.ppermute(
-    x_BLD[:, x_BLD.shape[1] - reach :],
-    axis_name,
-    [(i, i + 1) for i in range(devices - 1)],
-  )
-  line_BMD = jnp.concatenate([halo_BND, x_BLD], axis=1)
-  out_BLD = _slide(line_BMD, weight_WD, bias_D, position_BL)
-  return out_BLD.astype(x_BLD.dtype)
+    return jnp.where(from_BN1 < reach, moved_BND, written_BND)
+
+  return entering(axis_name, count_B1, written_BND, buffer_BND, after=after)
 
 
 def _slide(line_BMD, weight_WD, bias_D, position_BL=None):

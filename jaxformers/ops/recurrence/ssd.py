@@ -23,6 +23,7 @@ def ssd(
   places: Places | None = None,
   method: Method = 'auto',
   chunk: int | None = None,
+  axis_name: str | None = None,
 ) -> Recurred:
   """Runs `S_i = exp(d_i a) S_(i-1) + b_i (d_i x_i)^T`, `y_i = S_i^T c_i + skip x_i`.
 
@@ -44,8 +45,9 @@ def ssd(
     places: where the tokens stand, see `jaxformers.ops.segments`; None for one
       segment, which after `initial_BHSV` goes on if there is one. Padding must
       hold finite numbers.
-    method: see `outer_recurrence`, like `chunk`.
+    method: see `outer_recurrence`, like what follows.
     chunk: tokens per chunk.
+    axis_name: of the mesh axis along which tokens are split.
 
   Returns:
     Output in the dtype of x, and last state in at least float32.
@@ -77,6 +79,7 @@ def ssd(
     initial_BHSV,
     method=method,
     chunk=chunk,
+    axis_name=axis_name,
   )
   if skip is not None:
     out_BLHV += (skip[..., None] if skip.ndim == 1 else skip) * x_BLHV

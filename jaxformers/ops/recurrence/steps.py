@@ -10,6 +10,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
+from jaxformers.ops.recurrence import devices
 from jaxformers.ops.recurrence import tpu
 
 
@@ -167,9 +168,8 @@ def _backwards(plan, decay, states_bar, carry):
 def _over_devices(plan, decay, length, run, start):
   """Runs steps that are split over devices.
 
-  What enters each device follows from what the devices before it make of what
-  enters them: a number to multiply by and one to add. These are small, so every
-  device gathers them from all. Then each runs its own steps again.
+  Each device runs its own steps twice: first to learn what they make of what
+  enters, then with that.
 
   Args:
     plan: with the direction to go.
@@ -184,27 +184,21 @@ def _over_devices(plan, decay, length, run, start):
   """
   factor = decay.effective()
   if factor.shape[1] == 1:
-    factor = factor**length
+    factor = factor[:, 0] ** length
   else:
-    factor = jnp.prod(factor, axis=1, keepdims=True)
-  end = run(start)[-1][:, None]
-  gather = functools.partial(
-    jax.lax.all_gather, axis_name=plan.axis, axis=1, tiled=True
-  )
-  across = Plan('sequential', 1, plan.down)
-  factors = Decay(gather(factor), None, None)
-  enters, _ = _forwards(across, factors, gather(end), jnp.zeros_like(start))
-  enters = _shifted(plan.down, enters, jnp.zeros_like(enters[:, :1]))
-  index = jax.lax.axis_index(plan.axis)
-  return run(start + _cut(enters, index, 1)[:, 0])
+    factor = jnp.prod(factor, axis=1)
+  nothing = jnp.zeros_like(start)
+  end = run(start)[-1]
+  sent = devices.entering(plan.axis, factor, end, nothing, down=plan.down)
+  return run(start + sent)
 
 
 def _entry(plan, initial, states):
   """Returns the state before the first step of this device."""
   if plan.axis is None:
     return initial
-  devices = range(jax.lax.axis_size(plan.axis))
-  pairs = list(zip(devices[:-1], devices[1:], strict=True))
+  order = range(jax.lax.axis_size(plan.axis))
+  pairs = list(zip(order[:-1], order[1:], strict=True))
   if plan.down:
     pairs = [pair[::-1] for pair in pairs]
   sent = jax.lax.ppermute(edge(plan.down, states), plan.axis, pairs)

@@ -8,6 +8,7 @@ from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from jaxformers.ops.recurrence.varying import varying_alike
 from jaxformers.ops.segments import Places
 
 CHUNK = 64
@@ -58,6 +59,7 @@ def step_through(
     begins_BL1 = (places.position_BL == 0)[..., None]
     body, inputs = masked_step, (input_BLD, begins_BL1, is_token_BL1)
   inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), inputs)
+  state, inputs = varying_alike((state, inputs))
   run = lambda state, inputs: jax.lax.scan(body, state, inputs)
   whole = input_BLD.shape[1] // chunk * chunk
   cut = lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:])

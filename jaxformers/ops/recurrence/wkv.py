@@ -1,5 +1,6 @@
 """Attention whose weights are exponentials of keys that fade with distance."""
 
+import functools
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -8,6 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from jaxformers.ops.recurrence.chunks import scan_chunks
+from jaxformers.ops.recurrence.devices import entering
+from jaxformers.ops.recurrence.devices import last_of_all
+from jaxformers.ops.recurrence.varying import varying_alike
 from jaxformers.ops.segments import Places
 
 NOTHING = -1e30
@@ -69,6 +73,7 @@ def wkv(
   places: Places | None = None,
   method: WKVMethod = 'fused',
   chunk: int | None = None,
+  axis_name: str | None = None,
 ) -> WKV:
   """Takes means of values, weighted by keys and by distance.
 
@@ -101,6 +106,7 @@ def wkv(
       padding, whatever it holds, leaves them alone. None for one segment.
     method: see above.
     chunk: tokens per chunk, for `'fused'`; None for 64.
+    axis_name: see `outer_recurrence`.
 
   Raises:
     ValueError: if shapes do not fit, or method or chunk make no sense.
@@ -117,21 +123,35 @@ def wkv(
     value_BLD = jnp.where(is_token_BL[..., None], value_BLD, 0)
   if initial is None:
     initial = wkv_state(batch, width, dtype)
-  initial = WKVState(*(z.astype(dtype) for z in initial))
+  state = WKVState(*(z.astype(dtype) for z in initial))
   inputs = key_BLD, value_BLD, is_token_BL, begins_BL
+  state, inputs = varying_alike((state, inputs))
   gains = log_decay_D.astype(dtype), bonus_D.astype(dtype)
-  if method == 'fused':
-    last, out_BLD = scan_chunks(
-      lambda state, inputs: jax.lax.scan(
-        lambda state, token: _step(state, token, *gains), state, inputs
-      ),
-      initial,
-      inputs,
-      chunk,
-    )
-  else:
-    out_BLD, last = _in_parallel(initial, inputs, *gains)
-  return WKV(out_BLD.astype(value_BLD.dtype), last)
+  run = _in_turns if method == 'fused' else _in_parallel
+  run = functools.partial(run, inputs=inputs, gains=gains, chunk=chunk)
+  if axis_name is not None:
+    nothing = varying_alike((wkv_state(batch, width, dtype), inputs))[0]
+    written, _ = run(nothing)
+    fade_BD = is_token_BL.sum(axis=1)[:, None] * gains[0]
+    fade_BD = jnp.where(begins_BL.any(axis=1)[:, None], NOTHING, fade_BD)
+    state = entering(axis_name, fade_BD, written, state, after=_after)
+  last, out_BLD = run(state)
+  return WKV(out_BLD.astype(value_BLD.dtype), last_of_all(axis_name, last))
+
+
+def _after(fade, written, state):
+  """Returns the sums after a share of the tokens."""
+  return _sum(_faded(state, fade), written)
+
+
+def _in_turns(state, inputs, gains, chunk):
+  """Goes past one token after the other; keeps the sums between chunks."""
+
+  def turn(state, inputs):
+    step = lambda state, token: _step(state, token, *gains)
+    return jax.lax.scan(step, state, inputs)
+
+  return scan_chunks(turn, state, inputs, chunk)
 
 
 def _step(state, token, log_decay_D, bonus_D):
@@ -148,8 +168,10 @@ def _step(state, token, log_decay_D, bonus_D):
   return after, _mean(before, own, bonus_D)
 
 
-def _in_parallel(initial, inputs, log_decay_D, bonus_D):
+def _in_parallel(initial, inputs, gains, chunk):
   """Computes the sums after all tokens by a parallel scan."""
+  del chunk
+  log_decay_D, bonus_D = gains
   key_BLD, value_BLD, is_token_BL, begins_BL = inputs
   is_token, begins = is_token_BL[..., None], begins_BL[..., None]
   key_BLD = key_BLD.astype(log_decay_D.dtype)
@@ -174,7 +196,7 @@ def _in_parallel(initial, inputs, log_decay_D, bonus_D):
   # The sums before a token are those after its predecessor, unless it begins.
   peak_BLD = jnp.where(begins, NOTHING, before.peak_BD)
   out_BLD = _mean(before._replace(peak_BD=peak_BLD), own, bonus_D)
-  return out_BLD, jax.tree.map(lambda z: z[:, -1], after)
+  return jax.tree.map(lambda z: z[:, -1], after), out_BLD
 
 
 def _faded(state, log_decay):

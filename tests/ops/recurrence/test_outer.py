@@ -12,7 +12,6 @@ import pytest
 
 from jaxformers.ops import Recurred
 from jaxformers.ops import outer_recurrence
-from jaxformers.ops import sharded_outer_recurrence
 from jaxformers.ops.recurrence import decay_weights
 
 B, L, H, K, V, C = 2, 9, 2, 3, 4, 4
@@ -303,7 +302,7 @@ def test_a_sequence_split_among_devices_is_that_of_one(kind):
 
   def sharded(*arrays):
     run = functools.partial(
-      sharded_outer_recurrence,
+      outer_recurrence,
       axis_name='sequence',
       bonus_HK=bonus,
       chunk=2,

@@ -1,13 +1,10 @@
 """Short convolutions, against a loop over the tokens of each segment."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformers.ops import sharded_short_convolution
 from jaxformers.ops import short_convolution
 from jaxformers.ops.segments import advance
 from jaxformers.ops.segments import start
@@ -96,42 +93,6 @@ def test_one_tap_is_a_gain_and_two_are_a_token_shift():
   np.testing.assert_array_equal(shifted[:, 0], 0)
 
 
-@pytest.mark.parametrize('width', [1, 4])
-def test_a_sequence_split_among_devices_equals_the_whole(width):
-  mesh = jax.make_mesh(
-    (3,), ('length',), axis_types=(jax.sharding.AxisType.Auto,)
-  )
-  spec = jax.P(None, 'length')
-  segments_BL = jnp.asarray(np.repeat([[1, 1, 2, 2, 2, 3, 3, 3, 3]], B, 0))
-  places, _ = advance(start(B), segments_BL)
-  weight = jnp.asarray(WEIGHT[-width:], jnp.float32)
-
-  def split(position_BL, x, weight):
-    convolve = functools.partial(sharded_short_convolution, axis_name='length')
-    return jax.shard_map(
-      lambda x, weight, at: convolve(x, weight, position_BL=at),
-      mesh=mesh,
-      in_specs=(spec, jax.P(), spec),
-      out_specs=spec,
-    )(x, weight, position_BL)
-
-  def whole(position_BL, x, weight):
-    del position_BL
-    return short_convolution(x, weight, places=places).out_BLD
-
-  def value_and_gradient(function):
-    loss = lambda *args: jnp.sin(function(places.position_BL, *args)).sum()
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(
-      jnp.asarray(X, jnp.float32), weight
-    )
-
-  jax.tree.map(
-    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
-    value_and_gradient(split),
-    value_and_gradient(whole),
-  )
-
-
 def test_what_does_not_fit_is_refused():
   x = jnp.zeros((B, L, D))
   with pytest.raises(ValueError, match=r'weight must have shape \[4, 2\]'):
@@ -140,5 +101,3 @@ def test_what_does_not_fit_is_refused():
     short_convolution(x, WEIGHT, None, jnp.zeros((B, W, D)))
   with pytest.raises(ValueError, match='at least one token and one tap'):
     short_convolution(x, jnp.zeros((0, D)))
-  with pytest.raises(ValueError, match='at least 3 tokens'):
-    sharded_short_convolution(x[:, :2], WEIGHT, axis_name='length')

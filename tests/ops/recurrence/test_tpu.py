@@ -13,7 +13,7 @@ PROGRAM = """
 import functools, jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jaxformers.ops import linear_recurrence, sharded_linear_recurrence
+from jaxformers.ops import linear_recurrence
 
 topology = topologies.get_topology_desc(
   topology_name='v5e:2x2', platform='tpu', num_slices=1
@@ -41,7 +41,7 @@ for arrays in (
 
 steps = P(None, 'x')
 split = jax.shard_map(
-  lambda *x: sharded_linear_recurrence(
+  lambda *x: linear_recurrence(
     *x, axis_name='x', method='pallas'
   ).states,
   mesh=mesh, in_specs=steps, out_specs=steps,
