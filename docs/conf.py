@@ -40,7 +40,11 @@ nb_execution_mode = 'off'  # tests run the examples
 # Names between backticks are links where there is such a name.
 default_role = 'py:obj'
 add_module_names = False
-autodoc_default_options = {'members': True, 'member-order': 'bysource'}
+autodoc_default_options = {
+  'members': True,
+  'member-order': 'bysource',
+  'special-members': '__call__',
+}
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -92,6 +96,8 @@ def shorten(app, what, name, obj, options, signature, returned):
   del app, what, name, obj, options
   if signature is None:
     return None
+  if signature == '(*args, **kwargs)':  # of a protocol
+    return '', None
   signature = re.sub(r', parent: .*?, name: [^,)]*', '', signature)
   short = lambda text: re.sub(r'\bjax(lib)?\.[\w.]*Array\b', 'Array', text)
   return short(signature), returned and short(returned)
