@@ -4,14 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.done
 
-.PHONY: help setup train test test-tpu lint lock clean
+.PHONY: help setup train test test-tpu lint site lock clean
 help:
 	@echo "make train   set up and train the language model of experiments/lm.py"
 	@echo "make test    set up and run all tests"
 	@echo "make test-tpu  the same with the compiler of TPUs, which needs no TPU"
 	@echo "make lint    set up and check format and lint"
+	@echo "make site    set up and build the documentation into build/site"
 	@echo "make lock    resolve requirements.lock anew"
-	@echo "make clean   remove the virtual environment"
+	@echo "make clean   remove the virtual environment and what was built"
 	@echo "options: PYTHON=python3.12 VENV=.venv-3.12 TESTS='--thin tests/ops'"
 
 setup: $(DONE)
@@ -41,9 +42,12 @@ lint: $(DONE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+site: $(DONE)
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
+
 lock:
 	uv pip compile --universal --generate-hashes --no-header --quiet \
 	  --python-version 3.11 --extra dev pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build

@@ -11,8 +11,11 @@ from jaxformers.cli.parser import build_parser
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / 'README.md').read_text()
+# Snippets of the catalogue are run by its own test.
 PAGES = [
-  p for p in (ROOT / 'docs').glob('*.md') if '```python' in p.read_text()
+  page
+  for page in (ROOT / 'docs').rglob('*.md')
+  if '```python\n' in page.read_text() and page.name != 'catalogue.md'
 ]
 
 
@@ -52,11 +55,21 @@ def test_make_targets_exist():
     assert f'\n{target}: ' in makefile
 
 
+def anchors(page):
+  """Addresses of the headings of a page, as GitHub and the site make them."""
+  headings = re.findall(r'^#+ (.*)$', page.read_text(), re.MULTILINE)
+  plain = (re.sub(r'[^\w\- ]', '', h.lower()) for h in headings)
+  return [heading.strip().replace(' ', '-') for heading in plain]
+
+
 def test_links_and_pictures_exist():
-  for page in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')):
-    for target in re.findall(r'\]\(([^)]+)\)', page.read_text()):
-      path = page.parent / target
+  for page in (ROOT / 'README.md', *(ROOT / 'docs').rglob('*.md')):
+    for target in re.findall(r'\]\(([^)\s]+)\)', page.read_text()):
+      file, _, heading = target.partition('#')
+      path = page.parent / file if file else page
       assert target.startswith('https://') or path.exists(), target
+      if heading and not target.startswith('https://'):
+        assert anchors(path).count(heading) == 1, target
 
 
 def span(values):

@@ -1,7 +1,9 @@
 """Reports: the roofline against numbers by hand, verdicts, and files."""
 
 import dataclasses
+import importlib.util
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from jaxformers.nn import Stack
 from jaxformers.nn.mixers import Attention
 from jaxformers.train import Experiment
 
+ROOT = pathlib.Path(__file__).parents[2]
 REPORT = Report(
   program='train',
   topology='2*v5e:2x2',
@@ -179,3 +182,13 @@ def test_a_model_without_a_stack_is_tried_on_meshes_alone():
   found = list(candidates(experiment, Topology.parse('v5e:2x2')))
   assert len({c.mesh for c in found}) == len(found) > 1
   assert all(c.model == experiment.model for c in found)
+
+
+def test_the_page_of_pods_is_that_of_the_reports():
+  path = ROOT / 'scripts' / 'pod_reports.py'
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  script = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(script)
+  assert (ROOT / 'docs' / 'pods.md').read_text() == script.page()
+  best = json.loads((script.REPORTS / 'lm_8b_v5e_256.json').read_text())[0]
+  assert best['fits']

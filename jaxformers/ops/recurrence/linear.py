@@ -67,7 +67,7 @@ def linear_recurrence(
   per device are gathered by all; states never travel.
 
   Never compute this as `p cumsum(b / p)` with `p = cumprod(a)`: in float32 that
-  is nan at |a| = 0.99 after 65536 steps, and off in the fourth digit after 4096.
+  is nan at `|a| = 0.99` after 65536 steps, and off in the fourth digit after 4096.
 
   Source: Blelloch, "Prefix Sums and Their Applications", 1990, section 1.4;
   Martin and Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence
@@ -76,7 +76,7 @@ def linear_recurrence(
   Args:
     decay: a, real or complex, of any shape that broadcasts to the input's:
       `[*S]` if it is the same at all steps. In float32 or wider, since bfloat16
-      rounds 0.999 to 1. Nothing keeps |a| below 1: see `check_decay`.
+      rounds 0.999 to 1. Nothing keeps `|a|` below 1: see `check_decay`.
     input: b, real or complex; may be bfloat16.
     initial: h before the first step; None for 0.
     reset: where a step forgets all that came before it, as if its decay were 0:
