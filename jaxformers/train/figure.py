@@ -94,7 +94,7 @@ def draw_study(report: Report, figure_path: str | os.PathLike[str]) -> None:
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  with matplotlib.rc_context(_style()):
+  with matplotlib.rc_context(style()):
     size = [pixels / DPI for pixels in SIZE]
     figure = Figure(size, DPI, facecolor='white', layout='constrained')
     FigureCanvasAgg(figure)
@@ -137,7 +137,7 @@ def plot_band(axes: Any, x: Any, y: Any, **style: Any) -> None:
     axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
-def _style() -> dict[str, Any]:
+def style() -> dict[str, Any]:
   """Returns the style of the project as matplotlib's settings."""
   from cycler import cycler
 
