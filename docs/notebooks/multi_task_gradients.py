@@ -93,6 +93,8 @@ for vector, label, colour in (
 axes.set_xlim(-0.8, 1.2)
 axes.set_ylim(-0.1, 1.3)
 axes.set_aspect('equal')
+axes.set_xlabel('first parameter')
+axes.set_ylabel('second parameter')
 legend = axes.legend()
 
 # %% [markdown]
@@ -101,7 +103,7 @@ legend = axes.legend()
 # `multitask_value_and_grad` is `jax.value_and_grad` for a vector of losses: the
 # second argument says how gradients become one. Descent of the mean raises a loss
 # on many of its steps; MGDA never does. Each rule chooses its own point of the
-# front.
+# front; those that go on along it must raise a loss there.
 
 # %%
 curvature = jnp.array([[[1.0, 0.0], [0.0, 10.0]], [[10.0, 3.0], [3.0, 1.5]]])
@@ -157,9 +159,11 @@ legend = right.legend(loc='center left', bbox_to_anchor=(1, 0.5))
 #
 # A network learns two functions at once. The second loss is multiplied by a
 # factor, as if it were measured in other units. The sum then serves one task and
-# forgets the other; weights that are made of the losses (`InverseLoss`, the
-# gradient of $\log L_1 + \log L_2$) or of the gradients do not notice. (Su Jianlin,
-# 2022, kexue.fm/archives/8870.)
+# neglects the other. So does MGDA, the other way round: the shortest mixture is
+# nearly the shorter gradient. Weights that divide each loss by itself (`InverseLoss`,
+# the gradient of $\log L_1 + \log L_2$) or each gradient by its norm, and those of
+# Nash-MTL, do not depend on units; what they leave is the noise of runs that round
+# differently. (Su Jianlin, 2022, kexue.fm/archives/8870.)
 
 # %%
 x = jax.random.uniform(jax.random.key(0), (256, 2), minval=-1)
