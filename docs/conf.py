@@ -56,6 +56,8 @@ python_maximum_signature_line_length = 78
 def read_source(app, docname, source):
   """Writes out what a page only names."""
   del app
+  if not (DOCS / f'{docname}.md').exists():
+    return  # a notebook
   source[0] = expand(docname, source[0])
   if docname == 'index':
     source[0] = re.sub(r'^[\w/]*\*\n', keep_if_any, source[0], flags=re.M)

@@ -21,6 +21,8 @@ import types
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = ROOT / 'docs' / 'catalogue.md'
+README = ROOT / 'README.md'
+BEGIN, END = '<!-- techniques -->\n', '<!-- end of techniques -->'
 TABLE = ROOT / 'docs' / 'techniques.toml'
 RESULTS = ROOT / 'experiments' / 'results'
 HEAD = """# Catalogue
@@ -81,8 +83,9 @@ class Technique:
 
 
 def main() -> None:
-  """Writes the page."""
+  """Writes the page, and the table of README."""
   PAGE.write_text(catalogue_page())
+  README.write_text(readme())
 
 
 def techniques() -> list[Technique]:
@@ -262,6 +265,18 @@ def overview() -> str:
       f'| {len(rows_of(technique)) or ""} | {"; ".join(studies)} |'
     )
   return '\n'.join(lines) + '\n'
+
+
+def readme() -> str:
+  """Returns README with the techniques of today."""
+  families = {}
+  for technique in techniques():
+    link = f'[{technique.name}](docs/catalogue.md#{anchor(technique.name)})'
+    families.setdefault(technique.family, []).append(link)
+  rows = [f'| {name} | {", ".join(x)} |\n' for name, x in families.items()]
+  head, rest = README.read_text().split(BEGIN)
+  table = '| | |\n| --- | --- |\n' + ''.join(rows)
+  return head + BEGIN + table + END + rest.partition(END)[2]
 
 
 def _study_link(study: str) -> str:

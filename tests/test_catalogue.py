@@ -47,6 +47,9 @@ def test_the_page_is_what_the_script_makes_of_the_code():
   assert CATALOGUE.PAGE.read_text() == CATALOGUE.catalogue_page(), (
     'run `python scripts/build_catalogue.py` and commit docs/catalogue.md'
   )
+  assert CATALOGUE.README.read_text() == CATALOGUE.readme(), (
+    'run `python scripts/build_catalogue.py` and commit README.md'
+  )
 
 
 def test_rows_are_found_inside_mixers_and_factories():
