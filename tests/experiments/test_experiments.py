@@ -83,6 +83,10 @@ TOY_STUDIES = {
   ),
   'sgd_schedules': ('steps=30',),
   'sparse_targets': ('inputs=4', 'steps=4'),
+  'state_space_text': (
+    'models=("attention", "Mamba-2 + attention")', 'data.length=16', 'width=16',
+    'depth=2', 'heads=2', 'steps=1', 'batch_size=64',
+  ),
   'task_loss_weighting': ('steps=10', 'rows=16'),
 }  # fmt: skip
 
