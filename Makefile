@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.done
 
-.PHONY: help setup train test test-tpu lint site lock clean
+.PHONY: help setup train test test-tpu lint figures site lock clean
 help:
 	@echo "make train   set up and train the language model of experiments/lm.py"
 	@echo "make test    set up and run all tests"
 	@echo "make test-tpu  the same with the compiler of TPUs, which needs no TPU"
 	@echo "make lint    set up and check format and lint"
+	@echo "make figures  set up, draw all figures and write all generated pages anew"
 	@echo "make site    set up and build the documentation into build/site"
 	@echo "make lock    resolve requirements.lock anew"
 	@echo "make clean   remove the virtual environment and what was built"
@@ -41,6 +42,13 @@ test-tpu:
 lint: $(DONE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# From committed results alone.
+figures: $(DONE)
+	$(BIN)/python scripts/draw_figures.py
+	$(BIN)/python scripts/build_catalogue.py
+	$(BIN)/python scripts/weak_scaling.py --draw
+	$(BIN)/python scripts/pod_reports.py --tables
 
 site: $(DONE)
 	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
