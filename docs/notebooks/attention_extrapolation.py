@@ -19,7 +19,8 @@ import sys
 
 if 'google.colab' in sys.modules:
   # Before there is a release on PyPI: 'git+https://...' of your copy instead.
-  subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', 'jaxformers'])
+  pip = [sys.executable, '-m', 'pip', 'install', '-q']
+  subprocess.run([*pip, 'jaxformers'], check=True)
 
 # %%
 import jax
