@@ -17,6 +17,8 @@ from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
+from jaxformers.ops.recurrence.varying import varying_alike
+
 ROWS = 'dcn', 'data', 'fsdp'
 """Axes of the mesh that share out the rows of a batch."""
 
@@ -148,6 +150,8 @@ def on_shares(
       options['axis_name'] = 'sequence'
 
     def on_share(arrays, given):
+      # Gradients of parameters are added up over devices once, not in loops.
+      arrays, given = varying_alike((arrays, given))
       result = operator(*arrays, **given, **options)
       # Of the kind that `out_specs` has, whatever its name.
       return tuple(result) if isinstance(result, tuple) else result
