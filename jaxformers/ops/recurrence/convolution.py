@@ -173,7 +173,7 @@ def lti_convolution(
   x_BLD = input_BLD.astype(dtype)
   if places is not None:
     x_BLD = jnp.where(places.number_BL[..., None] == 0, 0, x_BLD)
-  x_BLD, initial_BDS = varying_alike((x_BLD, initial_BDS))
+  x_BLD, initial_BDS, modes = varying_alike((x_BLD, initial_BDS, modes))
   options = places, min(chunk, length)
   if axis_name is not None:
     nothing_BDS = jnp.zeros_like(initial_BDS)

@@ -85,6 +85,10 @@ def rg_lru(
   if initial_BD is None:
     initial_BD = jnp.zeros((batch, width), dtype)
   rate_D = -sharpness * jax.nn.softplus(decay_D.astype(dtype))
+  inputs = x_BLD, input_gate_BLD, recurrence_gate_BLD, is_token_BL, begins_BL
+  state_BD, inputs, rate_D = varying_alike(
+    (initial_BD.astype(dtype), inputs, rate_D)
+  )
 
   def go(state_BD, inputs):
     """Goes through a chunk, `[C, B, D]`."""
@@ -106,8 +110,6 @@ def rg_lru(
 
     return jax.lax.scan(step, state_BD, (jnp.where(is_token, decay, 1), write))
 
-  inputs = x_BLD, input_gate_BLD, recurrence_gate_BLD, is_token_BL, begins_BL
-  state_BD, inputs = varying_alike((initial_BD.astype(dtype), inputs))
   if axis_name is not None:
     nothing_BD = jnp.zeros_like(state_BD)
     written_BD, _ = scan_chunks(go, nothing_BD, inputs, chunk)

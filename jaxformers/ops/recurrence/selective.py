@@ -110,7 +110,9 @@ def selective_recurrence(
   )
   state_BGSE = _grouped(initial_BSE, tokens['x'].shape[2]).swapaxes(1, 2)
   run = _whole if method in ('associative', 'sequential') else _in_chunks
-  state_BGSE, tokens = varying_alike((state_BGSE.astype(dtype), tokens))
+  state_BGSE, tokens, constants = varying_alike(
+    (state_BGSE.astype(dtype), tokens, constants)
+  )
   run = functools.partial(run, transition, tokens, constants)
   if axis_name is not None:
     _, written_BGSE = run(jnp.zeros_like(state_BGSE), method, chunk)

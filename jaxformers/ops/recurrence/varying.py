@@ -8,6 +8,9 @@ import jax
 def varying_alike(tree: Any) -> Any:
   """Lets arrays vary over the same axes of a mesh, within `jax.shard_map`.
 
+  What is the same on all devices would have its gradient added up over them in
+  each round of a loop; this way it is after the loop.
+
   Source: none; the carry of a loop must vary over the same axes throughout.
 
   Args:

@@ -125,8 +125,8 @@ def wkv(
     initial = wkv_state(batch, width, dtype)
   state = WKVState(*(z.astype(dtype) for z in initial))
   inputs = key_BLD, value_BLD, is_token_BL, begins_BL
-  state, inputs = varying_alike((state, inputs))
   gains = log_decay_D.astype(dtype), bonus_D.astype(dtype)
+  state, inputs, gains = varying_alike((state, inputs, gains))
   run = _in_turns if method == 'fused' else _in_parallel
   run = functools.partial(run, inputs=inputs, gains=gains, chunk=chunk)
   if axis_name is not None:
