@@ -202,7 +202,7 @@ def _search(
     mesh, remat = candidate.mesh, remat_of(candidate)
     last = reports[-1] if reports else None
     if last and not last.fits and last.mesh == mesh.sizes(topology.devices):
-      continue  # It recomputes more, and has too little memory even so.
+      continue  # The policy before keeps less, and even that is too much.
     extra = [f'mesh={mesh!r}']
     if has_remat(candidate):
       extra.append(f'model.stack.remat={remat!r}')
@@ -212,20 +212,22 @@ def _search(
       print(f'{number}/{len(tried)} {mesh} remat={remat}: {error}')
       continue
     reports.append(report)
-    print(f'{number}/{len(tried)} {_line(report, remat)}', flush=True)
+    print(f'{number}/{len(tried)} {_line(report)}', flush=True)
   if not reports:
     raise ValueError('no mesh could be compiled; the reasons are above.')
   print()
   return ranking(reports)
 
 
-def _line(report: Any, remat: str | None) -> str:
+def _line(report: Any) -> str:
   axes = ' '.join(f'{k}={n}' for k, n in report.mesh.items() if n > 1)
   time = ''
   if report.fits:
     seconds = report.estimate()['step_seconds_without_overlap']
     time = f', {1e3 * seconds:.1f} ms without overlap'
-  return f'{axes} remat={remat}: {report.verdict().partition(";")[0]}{time}'
+  return (
+    f'{axes} remat={report.remat}: {report.verdict().partition(";")[0]}{time}'
+  )
 
 
 def _work(arguments: argparse.Namespace) -> None:

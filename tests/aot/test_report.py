@@ -1,9 +1,11 @@
 """Reports: the roofline against numbers by hand, verdicts, and files."""
 
+import ast
 import dataclasses
 import importlib.util
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,8 @@ from jaxformers.aot.compile import _exhausted
 from jaxformers.aot.compile import environment
 from jaxformers.aot.report import Part
 from jaxformers.aot.report import Traffic
+from jaxformers.cli import compile as compiling
+from jaxformers.cli import main
 from jaxformers.models import LanguageModel
 from jaxformers.nn import Block
 from jaxformers.nn import FeedForward
@@ -192,3 +196,43 @@ def test_the_page_of_pods_is_that_of_the_reports():
   assert (ROOT / 'docs' / 'pods.md').read_text() == script.page()
   best = json.loads((script.REPORTS / 'lm_8b_v5e_256.json').read_text())[0]
   assert best['fits']
+
+
+def test_a_search_tries_no_policy_that_keeps_more_than_one_without_room(
+  monkeypatch, tmp_path, capsys
+):
+  tried = []
+
+  def compiled(arguments, variables, extra):
+    found = dict(word.split('=', 1) for word in extra)
+    tensor = int(re.search(r'tensor=(\d)', found['mesh'])[1])
+    remat = ast.literal_eval(found['model.stack.remat'])
+    tried.append((tensor, remat))
+    # Cut in two it fits if it recomputes, whole it never does.
+    fits = tensor == 4 or (tensor == 2 and remat == 'nothing_saveable')
+    sizes = {'dcn': 1, 'data': 1, 'fsdp': 4 // tensor, 'tensor': tensor}
+    return dataclasses.replace(
+      REPORT,
+      topology='v5e:2x2',
+      mesh=sizes | {'sequence': 1},
+      fits=fits,
+      peak_bytes=REPORT.peak_bytes if fits else 2.0**36,
+      remat=remat,
+    )
+
+  monkeypatch.setattr(compiling, '_apart', compiled)
+  monkeypatch.setattr('jaxformers.aot.compile.environment', lambda _: {})
+  out = tmp_path / 'reports.json'
+  words = ['compile', str(ROOT / 'experiments' / 'lm.py'), '--search']
+  words += ['--topology', 'v5e:2x2', '--mesh', 'data=1', '--json', str(out)]
+  assert main(words) == 0
+  least, middle, most = (
+    'nothing_saveable',
+    'dots_with_no_batch_dims_saveable',
+    None,
+  )
+  assert tried == [
+    (1, least), (2, least), (2, middle), (4, least), (4, middle), (4, most),
+  ]  # fmt: skip
+  assert f'tensor=4 remat={most}: fits' in capsys.readouterr().out
+  assert len(json.loads(out.read_text())) == len(tried)
