@@ -85,7 +85,7 @@ class Mamba(nn.Module):
   initializer: Initializer = TORCH
   out_initializer: Initializer | None = None
   discretization: Discretization = 'euler'
-  method: SelectiveMethod = 'fused'
+  method: SelectiveMethod = 'auto'
   chunk: int | None = None
 
   @property

@@ -15,10 +15,14 @@ from jaxtyping import Float, Inexact
 from jaxformers.ops.recurrence.chunks import scan_chunks
 from jaxformers.ops.recurrence.devices import entering
 from jaxformers.ops.recurrence.devices import last_of_all
+from jaxformers.ops.recurrence.selective_tpu import Tokens
+from jaxformers.ops.recurrence.selective_tpu import run_selective
 from jaxformers.ops.recurrence.varying import varying_alike
 from jaxformers.ops.segments import Places
 
-SelectiveMethod = Literal['fused', 'chunked', 'associative', 'sequential']
+SelectiveMethod = Literal[
+  'auto', 'fused', 'chunked', 'associative', 'sequential', 'pallas'
+]
 Discretization = Literal['euler', 'zoh']
 
 
@@ -48,7 +52,7 @@ def selective_recurrence(
   softplus: bool = False,
   places: Places | None = None,
   discretization: Discretization = 'euler',
-  method: SelectiveMethod = 'fused',
+  method: SelectiveMethod = 'auto',
   chunk: int | None = None,
   axis_name: str | None = None,
 ) -> Selected:
@@ -67,6 +71,11 @@ def selective_recurrence(
   parallel, which suits devices on which a loop is slow. `'associative'` does so
   with the whole sequence and `'sequential'` loops over arrays of all decays and
   inputs: both hold several arrays of `L E S` numbers, and are for comparison.
+  `'pallas'` is `'fused'` as kernels for TPUs, whose states never leave fast
+  memory: for real systems in float32 whose b and c vary from token to token, and
+  for first derivatives in reverse mode. Like that of `linear_recurrence` it does
+  not split over devices by itself, and where there is no TPU it is interpreted.
+  `'auto'` is `'fused'` on CPUs and `'chunked'` elsewhere.
 
   Trap: on CPUs a sum inside the loop costs ten times as much as the rest of it,
   unless it is written as a product with ones.
@@ -91,7 +100,8 @@ def selective_recurrence(
       padding, whatever it holds, leaves them alone. None for one segment.
     discretization: see above.
     method: see above.
-    chunk: C, tokens per chunk, for `'fused'` and `'chunked'`; None for 64.
+    chunk: C, tokens per chunk, for `'auto'`, `'fused'` and `'chunked'`; None for
+      64.
     axis_name: see `outer_recurrence`.
 
   Raises:
@@ -99,26 +109,25 @@ def selective_recurrence(
   """
   _check(x_BLE, step_BLE, a_ES, (b, c), (skip_E, step_bias_E), initial_BSE)
   _check_options(discretization, method, chunk)
+  if method == 'pallas':
+    _check_kernel(x_BLE, a_ES, b, c)
   dtype = jnp.result_type(a_ES, x_BLE, jnp.float32)
   tokens, constants = _inputs(x_BLE, step_BLE, a_ES, b, c, step_bias_E, places)
   if initial_BSE is None:
     initial_BSE = jnp.zeros(
       (x_BLE.shape[0], a_ES.shape[1], x_BLE.shape[2]), dtype
     )
-  transition = functools.partial(
-    _transition, softplus=softplus, discretization=discretization
-  )
+  rule = _Rule(softplus, discretization)
   state_BGSE = _grouped(initial_BSE, tokens['x'].shape[2]).swapaxes(1, 2)
-  run = _whole if method in ('associative', 'sequential') else _in_chunks
   state_BGSE, tokens, constants = varying_alike(
     (state_BGSE.astype(dtype), tokens, constants)
   )
-  run = functools.partial(run, transition, tokens, constants)
+  run = functools.partial(_run, rule, method, chunk, tokens, constants)
   if axis_name is not None:
-    _, written_BGSE = run(jnp.zeros_like(state_BGSE), method, chunk)
-    kept_BGSE = _kept(tokens, constants, softplus)
+    _, written_BGSE = run(jnp.zeros_like(state_BGSE))
+    kept_BGSE = _kept(rule, tokens, constants)
     state_BGSE = entering(axis_name, kept_BGSE, written_BGSE, state_BGSE)
-  out_BLGE, last_BGSE = run(state_BGSE, method, chunk)
+  out_BLGE, last_BGSE = run(state_BGSE)
   last_BGSE = last_of_all(axis_name, last_BGSE)
   if jnp.iscomplexobj(out_BLGE):
     out_BLGE = 2 * out_BLGE.real
@@ -127,6 +136,31 @@ def selective_recurrence(
     out_BLE += skip_E * tokens['x'].reshape(x_BLE.shape)
   last_BSE = last_BGSE.swapaxes(1, 2).reshape(initial_BSE.shape)
   return Selected(out_BLE.astype(x_BLE.dtype), last_BSE)
+
+
+class _Rule(NamedTuple):
+  """How what is given becomes steps, and inputs writes."""
+
+  softplus: bool
+  discretization: Discretization
+
+
+def _run(rule, method, chunk, tokens, constants, state_BGSE):
+  """Returns what is read, and the last state, by a method."""
+  run = {
+    'fused': functools.partial(_in_chunks, chunk, _by_steps),
+    'chunked': functools.partial(_in_chunks, chunk, _in_parallel),
+    'associative': functools.partial(_whole, _associative),
+    'sequential': functools.partial(_whole, _sequential),
+    'pallas': _on_tpu,
+  }
+  given = tokens, constants, state_BGSE
+  if method != 'auto':
+    return run[method](rule, *given)
+  of_cpu, of_others = (
+    functools.partial(run[name], rule) for name in ('fused', 'chunked')
+  )
+  return jax.lax.platform_dependent(*given, cpu=of_cpu, default=of_others)
 
 
 def _inputs(x_BLE, step_BLE, a_ES, b, c, step_bias_E, places):
@@ -159,21 +193,21 @@ def _inputs(x_BLE, step_BLE, a_ES, b, c, step_bias_E, places):
   return tokens | {'is_token': is_token_BL, 'begins': begins_BL}, constants
 
 
-def _steps(tokens, constants, softplus):
+def _steps(rule, tokens, constants):
   """Returns steps, 0 at padding, which then neither writes nor forgets."""
   step = tokens['step'].astype(jnp.result_type(tokens['step'], jnp.float32))
   if 'step_bias' in constants:
     step += constants['step_bias']
-  if softplus:
+  if rule.softplus:
     step = jax.nn.softplus(step)
   return jnp.where(tokens['is_token'][..., None, None], step, 0)
 
 
-@functools.partial(jax.checkpoint, static_argnums=2)
-def _kept(tokens, constants, softplus):
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _kept(rule, tokens, constants):
   """Returns the product of all decays, `[B, G, S, E]`."""
   a = constants['a']
-  total_BGE = _steps(tokens, constants, softplus).sum(axis=1)
+  total_BGE = _steps(rule, tokens, constants).sum(axis=1)
   kept_BGSE = jnp.exp(_spread(total_BGE, a.shape[-2]) * a)
   if 'begins' not in tokens:
     return kept_BGSE
@@ -181,15 +215,16 @@ def _kept(tokens, constants, softplus):
   return jnp.where(begins_B[:, None, None, None], 0, kept_BGSE)
 
 
-def _transition(tokens, constants, *, softplus, discretization):
+def _transition(rule, tokens, constants):
   """Returns the function that maps tokens to decay and write, `[..., G, S, E]`.
 
   What works on tokens alone is done here, on many of them at once.
   """
   tokens = dict(tokens)
   x = tokens['x'].astype(jnp.result_type(tokens['x'], jnp.float32))
-  tokens['step'] = _steps(tokens, constants, softplus)
-  tokens['x'] = x * tokens['step'] if discretization == 'euler' else x
+  is_exact = rule.discretization == 'zoh'
+  tokens['step'] = _steps(rule, tokens, constants)
+  tokens['x'] = x if is_exact else x * tokens['step']
 
   def transit(tokens, constants):
     a = constants['a']
@@ -199,7 +234,7 @@ def _transition(tokens, constants, *, softplus, discretization):
       write = _dot('...GE,...GS->...GSE', tokens['x'], tokens['b'])
     else:
       write = _spread(tokens['x'], a.shape[-2]) * constants['b']
-    if discretization == 'zoh':
+    if is_exact:
       # expm1 / a, and its limit where a = 0.
       is_zero = a == 0
       integral = jnp.expm1(exponent) / jnp.where(is_zero, 1, a)
@@ -217,11 +252,11 @@ def _read(tokens, constants, state):
   """Returns what is read, `[..., G, E]`, of states `[..., G, S, E]`."""
   if 'c' in tokens:
     return _dot('...GS,...GSE->...GE', tokens['c'], state)
-  ones_S = jnp.ones(state.shape[-2], state.dtype)
-  return _dot('...GSE,S->...GE', constants['c'] * state, ones_S)
+  ones_GS = jnp.ones(state.shape[:-1], state.dtype)
+  return _dot('...GS,...GSE->...GE', ones_GS, constants['c'] * state)
 
 
-def _in_chunks(transition, tokens, constants, state_BGSE, method, chunk):
+def _in_chunks(chunk, body, rule, tokens, constants, state_BGSE):
   """Goes from chunk to chunk; keeps nothing but the states between them."""
   batch = state_BGSE.shape[0]
   # Each row of the batch adds up its own share of the gradients of constants,
@@ -229,49 +264,74 @@ def _in_chunks(transition, tokens, constants, state_BGSE, method, chunk):
   constants = jax.tree.map(
     lambda z: jnp.broadcast_to(z, (batch, *z.shape)), constants
   )
-
-  def by_steps(state_BGSE, tokens):
-    tokens, transit = transition(tokens, constants)
-
-    # States of the chunk's tokens are all that its backward pass keeps.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def step(state_BGSE, tokens, constants):
-      decay_BGSE, write_BGSE = transit(tokens, constants)
-      state_BGSE = decay_BGSE * state_BGSE + write_BGSE
-      return state_BGSE, _read(tokens, constants, state_BGSE)
-
-    return jax.lax.scan(
-      lambda state, tokens: step(state, tokens, constants), state_BGSE, tokens
-    )
-
-  def in_parallel(state_BGSE, tokens):
-    tokens, transit = transition(tokens, constants)
-    states = _associative(*transit(tokens, constants), state_BGSE)
-    return states[-1], _read(tokens, constants, states)
-
-  body = by_steps if method == 'fused' else in_parallel
+  body = functools.partial(body, rule, constants)
   last_BGSE, out_BLGE = scan_chunks(body, state_BGSE, tokens, chunk)
   return out_BLGE, last_BGSE
 
 
-def _whole(transition, tokens, constants, state_BGSE, method, chunk):
-  """Makes the arrays of all decays, writes and states."""
-  del chunk
-  tokens, transit = transition(
-    jax.tree.map(lambda z: z.swapaxes(0, 1), tokens), constants
+def _by_steps(rule, constants, state_BGSE, tokens):
+  """Goes through a chunk token by token."""
+  tokens, transit = _transition(rule, tokens, constants)
+
+  # States of the chunk's tokens are all that its backward pass keeps.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def step(state_BGSE, tokens, constants):
+    decay_BGSE, write_BGSE = transit(tokens, constants)
+    state_BGSE = decay_BGSE * state_BGSE + write_BGSE
+    return state_BGSE, _read(tokens, constants, state_BGSE)
+
+  return jax.lax.scan(
+    lambda state, tokens: step(state, tokens, constants), state_BGSE, tokens
   )
-  decay_LBGSE, write_LBGSE = transit(tokens, constants)
-  if method == 'associative':
-    states = _associative(decay_LBGSE, write_LBGSE, state_BGSE)
-  else:
 
-    def step(state, inputs):
-      state = inputs[0] * state + inputs[1]
-      return state, state
 
-    _, states = jax.lax.scan(step, state_BGSE, (decay_LBGSE, write_LBGSE))
-  out_LBGE = _read(tokens, constants, states)
-  return out_LBGE.swapaxes(0, 1), states[-1]
+def _in_parallel(rule, constants, state_BGSE, tokens):
+  """Makes all states of a chunk at once."""
+  tokens, transit = _transition(rule, tokens, constants)
+  states = _associative(*transit(tokens, constants), state_BGSE)
+  return states[-1], _read(tokens, constants, states)
+
+
+def _whole(states_of, rule, tokens, constants, state_BGSE):
+  """Makes the arrays of all decays, writes and states."""
+  tokens = jax.tree.map(lambda z: z.swapaxes(0, 1), tokens)
+  tokens, transit = _transition(rule, tokens, constants)
+  states_LBGSE = states_of(*transit(tokens, constants), state_BGSE)
+  out_LBGE = _read(tokens, constants, states_LBGSE)
+  return out_LBGE.swapaxes(0, 1), states_LBGSE[-1]
+
+
+def _on_tpu(rule, tokens, constants, state_BGSE):
+  """Runs the kernels, whose rows are those of the batch and its groups."""
+  tokens, _ = _transition(rule, tokens, constants)
+  batch, length, groups, _ = tokens['x'].shape
+  by_row = lambda z: z.swapaxes(1, 2).reshape(-1, length, z.shape[-1])
+  keep = None
+  if 'begins' in tokens:
+    begins_BLG1 = tokens['begins'][:, :, None, None]
+    begins_BLG1 = jnp.broadcast_to(begins_BLG1, (batch, length, groups, 1))
+    keep = by_row(1 - begins_BLG1.astype(jnp.float32))
+  arrays = (
+    by_row(tokens[name].astype(jnp.float32)) for name in ('step', 'x', 'b', 'c')
+  )
+  out_ZLE, last_ZSE = run_selective(
+    rule.discretization == 'zoh',
+    Tokens(*arrays, keep),
+    constants['a'],
+    state_BGSE.reshape(-1, *state_BGSE.shape[2:]),
+  )
+  out_BGLE = out_ZLE.reshape(batch, groups, length, -1)
+  return out_BGLE.swapaxes(1, 2), last_ZSE.reshape(state_BGSE.shape)
+
+
+def _sequential(decay_LBGSE, write_LBGSE, state_BGSE):
+  """Returns all states, by a loop."""
+
+  def step(state, inputs):
+    state = inputs[0] * state + inputs[1]
+    return state, state
+
+  return jax.lax.scan(step, state_BGSE, (decay_LBGSE, write_LBGSE))[1]
 
 
 def _associative(decay_LBGSE, write_LBGSE, state_BGSE):
@@ -291,8 +351,13 @@ def _dot(spec, *arrays):
 
 
 def _spread(x, size):
-  """Returns S copies, as a dot, whose gradient is one too instead of a sum."""
-  return _dot('...GE,S->...GSE', x, jnp.ones(size, x.dtype))
+  """Returns S copies, as a dot, whose gradient is one too instead of a sum.
+
+  G is on both sides, so that E alone is free: nothing need be transposed.
+  """
+  return _dot(
+    '...GE,...GS->...GSE', x, jnp.ones((*x.shape[:-1], size), x.dtype)
+  )
 
 
 def _grouped(x_BLE, groups):
@@ -353,8 +418,20 @@ def _check_options(discretization, method, chunk):
       raise ValueError(
         f'unknown option {value!r}; choose one of {", ".join(choices)}.'
       )
-  if chunk is not None and (chunk < 1 or method not in ('fused', 'chunked')):
+  chunked = 'auto', 'fused', 'chunked'
+  if chunk is not None and (chunk < 1 or method not in chunked):
     raise ValueError(
-      f"chunk={chunk} needs at least 1 token, and method='fused' or "
-      f"'chunked', got {method!r}."
+      f'chunk={chunk} needs at least 1 token, and a method among '
+      f'{", ".join(chunked)}, got {method!r}.'
+    )
+
+
+def _check_kernel(x, a, b, c):
+  """Raises unless the kernels for TPUs can run this."""
+  dtype = jnp.result_type(x, a, b, c, jnp.float32)
+  if dtype != jnp.float32 or b.ndim == 2 or c.ndim == 2:
+    raise ValueError(
+      "method='pallas' needs real float32 (or shorter) arrays, and b and c that "
+      f'vary from token to token: got {dtype}, b {list(b.shape)} and c '
+      f"{list(c.shape)}. Take method='chunked'."
     )

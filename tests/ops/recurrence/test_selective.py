@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxformers.ops import selective_recurrence
+from jaxformers.ops.recurrence import selective_tpu
 from jaxformers.ops.segments import advance
 from jaxformers.ops.segments import start
 
@@ -147,6 +148,53 @@ def test_gradients_are_those_of_finite_differences_and_of_any_method():
       agree(gradient(*arrays, method=method), expected)
 
 
+@pytest.mark.parametrize('discretization', ['euler', 'zoh'])
+def test_the_kernels_for_tpus_compute_the_same(discretization, monkeypatch):
+  # Blocks of 8 tokens and 128 channels, of which there are several.
+  monkeypatch.setattr(selective_tpu, 'NUMBERS', 8 * 3 * 128)
+  monkeypatch.setattr(selective_tpu, 'LANES', 128)
+  draw = np.random.default_rng(1).normal
+  length, channels = 19, 260
+  shapes = (
+    (B, length, channels),
+    (channels, S),
+    (B, length, 2, S),
+    (B, S, channels),
+  )
+  x, step, rate, b, c, initial = (
+    jnp.asarray(draw(size=shapes[i]), jnp.float32) for i in (0, 0, 1, 2, 2, 3)
+  )
+  arrays = x, step, -jnp.exp(rate).at[0, 0].set(0), b, c, initial
+  number_BL = np.ones((B, length), int)
+  number_BL[0, 9:12], number_BL[1, 17:], number_BL[1, 4:] = 0, 0, 7
+  places, _ = advance(start(B), jnp.asarray(number_BL))
+
+  def loss(*arrays, places, method):
+    *arrays, initial = arrays
+    out, last = selective_recurrence(
+      *arrays,
+      None,
+      initial,
+      softplus=True,
+      places=places,
+      discretization=discretization,
+      method=method,
+    )
+    return jnp.sin(out).sum() + jnp.cos(last).sum(), (out, last)
+
+  run = jax.jit(
+    jax.value_and_grad(loss, range(6), has_aux=True), static_argnames='method'
+  )
+  for packing in (None, places):
+    expected = run(*arrays, places=packing, method='sequential')
+    actual = run(*arrays, places=packing, method='pallas')
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4),
+      actual,
+      expected,
+    )
+
+
 def test_a_few_steps_by_hand():
   ones = jnp.ones((1, 3, 1))
   run = functools.partial(
@@ -229,5 +277,9 @@ def test_what_does_not_fit_is_refused():
     run(A, b, c, discretization='bilinear')
   with pytest.raises(ValueError, match='chunk=4 needs'):
     run(A, b, c, method='associative', chunk=4)
+  with pytest.raises(ValueError, match=r'varies|got float32, b \[4, 3\]'):
+    run(A, np.real(CONSTANT[0]), c, method='pallas')
+  with pytest.raises(ValueError, match='got complex64'):
+    run(ROTATING, b, c, method='pallas')
   with pytest.raises(ValueError, match='at least one token'):
     selective_recurrence(X[:, :0], STEP[:, :0], A, b, c)

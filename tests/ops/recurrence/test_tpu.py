@@ -13,7 +13,8 @@ PROGRAM = """
 import functools, jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jaxformers.ops import linear_recurrence
+from jaxformers.ops import linear_recurrence, selective_recurrence
+from jaxformers.ops.segments import Places
 
 topology = topologies.get_topology_desc(
   topology_name='v5e:2x2', platform='tpu', num_slices=1
@@ -48,6 +49,32 @@ split = jax.shard_map(
 )
 both = ((2, 1024, 256), jnp.float32)
 assert compiled(split, steps, both, both).count('tpu_custom_call') == 4
+
+# The selective scan, with a row on each device.
+ones = jnp.ones((1, 1000), jnp.int32)
+for channels, groups, states, discretization, places in (
+  (1024, 1, 16, 'euler', None),
+  (600, 2, 64, 'zoh', Places(ones, ones)),
+):
+  def loss(x, step, b, c, a):
+    out, last = selective_recurrence(
+      x, step, a, b, c, softplus=True, places=places, method='pallas',
+      discretization=discretization,
+    )
+    return out.sum() + last.sum()
+
+  specs = rows, rows, rows, rows, P()
+  shapes = (4, 1000, channels), (4, 1000, groups, states), (channels, states)
+  arrays = [
+    jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+    for shape, spec in zip((*shapes[:1] * 2, *shapes[1:2] * 2, shapes[2]), specs)
+  ]
+  gradient = jax.shard_map(
+    lambda *x: jax.grad(loss, range(5))(*x),
+    mesh=mesh, in_specs=specs, out_specs=specs,
+  )
+  text = jax.jit(gradient).lower(*arrays).compile().as_text()
+  assert text.count('tpu_custom_call') == 2
 print('compiled')
 """
 
