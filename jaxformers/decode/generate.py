@@ -143,7 +143,7 @@ def generate(
   program = _Program(model, sampler)
   prompts, sizes = _padded(model, prompts, max_new_tokens, max_length)
   rules = _rules(model, len(prompts.length_B), key, stop_tokens, pad_token)
-  state, rows = _prefill(program, sizes, variables, prompts, rules)
+  state, rows, variables = _prefilled(program, sizes, variables, prompts, rules)
   _, rows = _advance(program, variables, rules, state, rows, max_new_tokens)
   return Generated(rows.token_BL[:, :max_new_tokens], rows.length_B)
 
@@ -198,7 +198,7 @@ def stream(
 
 def _pieces(program, sizes, variables, prompts, rules, bounds):
   """Runs the loop up to each bound in turn and yields what is new."""
-  state, rows = _prefill(program, sizes, variables, prompts, rules)
+  state, rows, variables = _prefilled(program, sizes, variables, prompts, rules)
   shown = 0
   for until in bounds:
     state, rows = _advance(program, variables, rules, state, rows, until)
@@ -210,16 +210,23 @@ def _pieces(program, sizes, variables, prompts, rules, bounds):
     shown = until
 
 
+def _prefilled(program, sizes, variables, prompts, rules):
+  """Feeds the prompts; adds to the variables what layers make of them once."""
+  state, rows, made = _prefill(program, sizes, variables, prompts, rules)
+  return state, rows, {**variables, **made}
+
+
 @functools.partial(jax.jit, static_argnames=('program', 'sizes'))
 def _prefill(program, sizes, variables, prompts, rules):
   """Feeds the prompts to a new state and draws the first new tokens."""
   batch_size, length = prompts.token_BL.shape
   is_real_BL = jnp.arange(length)[None] < prompts.length_B[:, None]
-  logits_BLV, state = program.model.apply(
+  (logits_BLV, state), made = program.model.apply(
     variables,
     prompts.token_BL,
     program.model.initial_state(batch_size, sizes.state),
     segments_BL=is_real_BL.astype(jnp.int32),
+    mutable=['prepared'],
   )
   last_B11 = prompts.length_B[:, None, None] - 1
   logits_BV = jnp.take_along_axis(logits_BLV, last_B11, axis=1)[:, 0]
@@ -229,7 +236,7 @@ def _prefill(program, sizes, variables, prompts, rules):
     is_done_B=jnp.zeros(batch_size, bool),
     count=jnp.zeros((), jnp.int32),
   )
-  return state, _draw(program.sampler, rules, rows, logits_BV)
+  return state, _draw(program.sampler, rules, rows, logits_BV), made
 
 
 @functools.partial(jax.jit, static_argnames='program', donate_argnames='state')

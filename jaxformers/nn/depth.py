@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-COLLECTIONS = 'params', 'statistics', 'losses', 'diagnostics'
+COLLECTIONS = 'params', 'statistics', 'losses', 'diagnostics', 'prepared'
 
 
 class Stack(nn.Module):

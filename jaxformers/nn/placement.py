@@ -146,7 +146,7 @@ def on_shares(
     cut = _cuts(mesh, pairs, rules)
     if ('sequence',) not in cut.values():
       return operator(*arrays, **given, **options)
-    if 'sequence' in cut['L']:
+    if 'sequence' in cut.get('L', ()):
       options['axis_name'] = 'sequence'
 
     def on_share(arrays, given):

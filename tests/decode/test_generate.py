@@ -14,6 +14,8 @@ from jaxformers.nn import Block
 from jaxformers.nn import FeedForward
 from jaxformers.nn import Learned
 from jaxformers.nn import Stack
+from jaxformers.nn.mixers import RTF
+from jaxformers.nn.mixers import S4
 from jaxformers.nn.mixers import Attention
 from jaxformers.ops import Rotary
 
@@ -427,3 +429,33 @@ def test_arguments_of_a_wrong_type_are_refused(recurrent, message):
   arguments = dict(prompts=[[1]], max_new_tokens=8, key=KEY) | MISTYPED[message]
   with pytest.raises(TypeError, match=message):
     generate(*recurrent, **arguments)
+
+
+def test_what_layers_make_of_parameters_is_made_once():
+  blocks = [
+    Block(mixer, FeedForward(16))
+    for mixer in (S4(length=4, state_size=4), RTF(length=4, state_size=3))
+  ]
+  model = LanguageModel(vocab_size=23, width=8, stack=Stack(tuple(blocks), 4))
+  tokens_BL = jnp.array([[3, 1, 4, 1, 5, 9]])
+  variables = jax.jit(model.init)(KEY, tokens_BL)
+  assert list(variables) == ['params']
+  new = generate(
+    model, variables, tokens_BL, max_new_tokens=4, key=KEY, sampler=GREEDY
+  ).tokens_BL
+  whole_BL = jnp.concatenate([tokens_BL, new], axis=1)
+  logits_BLV, _ = jax.jit(model.apply)(variables, whole_BL)
+  expected = jnp.argmax(logits_BLV[:, tokens_BL.shape[1] - 1 : -1], axis=-1)
+  np.testing.assert_array_equal(new, expected)
+
+  state = model.initial_state(1, 16)
+  (plain, _), made = jax.jit(
+    functools.partial(model.apply, mutable=['prepared'])
+  )(variables, tokens_BL, state)
+  step = lambda variables: model.apply(variables, tokens_BL, state)
+  prepared = {**variables, **made}
+  np.testing.assert_allclose(jax.jit(step)(prepared)[0], plain, rtol=1e-5)
+  solves = lambda given: str(jax.make_jaxpr(step)(given)).count(
+    '= triangular_solve'
+  )
+  assert solves(prepared) < solves(variables)

@@ -12,6 +12,7 @@ from jaxformers.nn.init import Initializer
 from jaxformers.nn.init import Normal
 from jaxformers.nn.mixers.base import locate
 from jaxformers.nn.mixers.base import require_causal
+from jaxformers.nn.mixers.state_space import prepared
 from jaxformers.nn.mixers.state_space import reversed_places
 from jaxformers.nn.mixers.state_space import widened
 from jaxformers.nn.placement import CHANNEL_RULES
@@ -89,12 +90,19 @@ class RTF(nn.Module):
     denominator_DS = self.param('denominator_DS', zeros, shape)
     names = ('numerator_DS', 'backward_DS')[: 1 if self.causal else 2]
     numerators = [self.param(name, draw, shape) for name in names]
+    recovered_DRS = None
+    if places is not None:
+      recover = on_shares(self._recover, 'DS DS', 'DRS', rules=CHANNEL_RULES)
+      recovered_DRS = prepared(
+        self, 'numerators_DRS', lambda: recover(numerators, denominator_DS)
+      )
     convolve = on_shares(
-      self._convolve, 'BLD DS DS BDS', 'BLD BDS', rules=CHANNEL_RULES
+      self._convolve, 'BLD DS DRS DS BDS', 'BLD BDS', rules=CHANNEL_RULES
     )
     y_BLD, register_BDS = convolve(
       u_BLD,
       numerators,
+      recovered_DRS,
       denominator_DS,
       state and state.register_BDS,
       places=places,
@@ -123,25 +131,35 @@ class RTF(nn.Module):
       kernel_DL = jnp.pad(kernel_DL, ((0, 0), (1, 0)))[:, :-1]
     return kernel_DL
 
-  def _convolve(self, u_BLD, numerators, denominator_DS, first_BDS, places):
+  def _recover(self, numerators, denominator_DS):
+    """Returns the numerators of a recurrence, for all directions."""
+    matrix_DST = rtf_matrix(denominator_DS)
+    recovered = [
+      recover_readout(b_DS, matrix_DST, self.length) for b_DS in numerators
+    ]
+    return jnp.stack(recovered, axis=1)
+
+  def _convolve(
+    self, u_BLD, numerators, recovered_DRS, denominator_DS, first_BDS, places
+  ):
     """Convolves channels; returns the last register if it went step by step."""
     if places is not None:
+      numerators = jnp.unstack(recovered_DRS, axis=1)
       return self._recur(u_BLD, numerators, denominator_DS, first_BDS, places)
     length = u_BLD.shape[1]
     kernels = [self._kernel(b, denominator_DS, length) for b in numerators]
     return kernel_convolution(u_BLD, *kernels), None
 
   def _recur(self, u_BLD, numerators, denominator_DS, first_BDS, places):
-    """Goes step by step, with the readouts of a recurrence."""
+    """Goes step by step."""
     batch, _, width = u_BLD.shape
     if first_BDS is None:
       first_BDS = jnp.zeros((batch, *denominator_DS.shape), u_BLD.dtype)
-    matrix_DST = rtf_matrix(denominator_DS)
 
     def run(numerator_DS, u_BLD, places):
       return rtf_convolution(
         u_BLD,
-        recover_readout(numerator_DS, matrix_DST, self.length),
+        numerator_DS,
         denominator_DS,
         first_BDS,
         feedthrough_D=jnp.zeros(width) if self.delay else None,

@@ -8,6 +8,7 @@ from jaxformers.nn.mixers.base import locate
 from jaxformers.nn.mixers.base import require_causal
 from jaxformers.nn.mixers.state_space import ModesState
 from jaxformers.nn.mixers.state_space import input_param
+from jaxformers.nn.mixers.state_space import prepared
 from jaxformers.nn.mixers.state_space import readout_param
 from jaxformers.nn.mixers.state_space import reversed_places
 from jaxformers.nn.mixers.state_space import stable_param
@@ -42,9 +43,9 @@ class S4(nn.Module):
   - longer rows: likewise, after C~ has been converted to the next of twice,
     four times, ... the length, which takes `O(N^3 log length)` per channel;
   - with a state, or with packing: a recurrence in steps of `O(N)`, after C has
-    been recovered from C~ at the same price, in every call. So packed training
-    is slow, and decoding token by token takes many times what `S4D` takes, which
-    has neither restriction.
+    been recovered from C~ at the same price: in every call, or once for many, as
+    in decoding, with the collection `'prepared'` (see `prepared` beside this).
+    So packed training is slow; `S4D` has neither restriction.
 
   Where the mesh of a run cuts sequences, devices exchange tokens for channels, and
   each convolves whole sequences of its share of the channels.
@@ -97,11 +98,22 @@ class S4(nn.Module):
     step_D = step_param(self, 'D', self.steps, (width,))
     names = ('readout',) if self.causal else ('readout', 'backward')
     systems = self._systems(width, names)
+    readouts_DRN = None
+    if places is not None:
+      recover = on_shares(self._recover, 'D D', 'DRN', rules=CHANNEL_RULES)
+      readouts_DRN = prepared(
+        self, 'readouts_DRN', lambda: recover(systems, step_D)
+      )
     convolve = on_shares(
-      self._convolve, 'BLD D D BDS', 'BLD BDS', rules=CHANNEL_RULES
+      self._convolve, 'BLD D DRN D BDS', 'BLD BDS', rules=CHANNEL_RULES
     )
     y_BLD, last_BDS = convolve(
-      u_BLD, systems, step_D, state and state.modes_BDS, places=places
+      u_BLD,
+      systems,
+      readouts_DRN,
+      step_D,
+      state and state.modes_BDS,
+      places=places,
     )
     y_BLD = (y_BLD + skip_D * u_BLD).astype(x_BLD.dtype)
     if state is not None:
@@ -153,29 +165,42 @@ class S4(nn.Module):
       system = system._replace(readout_S=complex_readout(readout_DN))
     return s4_kernel(system, step_D, known)[:, :length]
 
-  def _convolve(self, u_BLD, systems, step_D, first_BDS, places):
+  def _recover(self, systems, step_D):
+    """Returns the readouts of a recurrence, for all directions."""
+    matrix_DNM = s4_matrix(systems[0], step_D)
+    recovered = [
+      recover_readout(real_readout(s.readout_S), matrix_DNM, self.length)
+      for s in systems
+    ]
+    return jnp.stack(recovered, axis=1)
+
+  def _convolve(self, u_BLD, systems, readouts_DRN, step_D, first_BDS, places):
     """Convolves channels; returns the last modes if it went step by step."""
     if places is not None:
+      systems = [
+        system._replace(readout_S=complex_readout(readouts_DRN[:, i]))
+        for i, system in enumerate(systems)
+      ]
       return self._recur(u_BLD, systems, step_D, first_BDS, places)
     kernels = [self._kernel(s, step_D, u_BLD.shape[1]) for s in systems]
     return kernel_convolution(u_BLD, *kernels), None
 
   def _recur(self, u_BLD, systems, step_D, first_BDS, places):
-    """Goes step by step, with the readouts of a recurrence."""
+    """Goes step by step."""
     if first_BDS is None:
       batch, _, width = u_BLD.shape
       fresh = ModesState.zeros(batch, width, self.state_size // 2, u_BLD.dtype)
       first_BDS = fresh.modes_BDS
-    matrix_DNM = s4_matrix(systems[0], step_D)
-
-    def run(system, u_BLD, places):
-      readout_DN = real_readout(system.readout_S)
-      readout_DN = recover_readout(readout_DN, matrix_DNM, self.length)
-      system = system._replace(readout_S=complex_readout(readout_DN))
-      return s4_convolution(u_BLD, system, step_D, first_BDS, places=places)
-
-    y_BLD, last_BDS = run(systems[0], u_BLD, places)
+    y_BLD, last_BDS = s4_convolution(
+      u_BLD, systems[0], step_D, first_BDS, places=places
+    )
     for system in systems[1:]:
-      back_BLD, _ = run(system, u_BLD[:, ::-1], reversed_places(places))
+      back_BLD, _ = s4_convolution(
+        u_BLD[:, ::-1],
+        system,
+        step_D,
+        first_BDS,
+        places=reversed_places(places),
+      )
       y_BLD += back_BLD[:, ::-1]
     return y_BLD, last_BDS

@@ -1,5 +1,6 @@
 """What the state-space mixers share: their state and their parameters."""
 
+from collections.abc import Callable
 import math
 from typing import Any, NamedTuple
 
@@ -52,6 +53,28 @@ def widened(x_BLD: Float[Array, 'B L D']) -> Float[Array, 'B L D']:
     x_BLD: the input.
   """
   return x_BLD.astype(jnp.promote_types(x_BLD.dtype, jnp.float32))
+
+
+def prepared(
+  module: nn.Module, name: str, compute: Callable[[], Array]
+) -> Array:
+  """Returns what is made of parameters, once for many calls.
+
+  A call with `mutable=['prepared']` returns, in that collection, what it has
+  made; later calls that are given it, beside the parameters of which it was
+  made, take it from there. `jaxformers.decode.generate` does so.
+
+  Args:
+    module: a bound module, whose parameters they are.
+    name: of the variable.
+    compute: makes it.
+  """
+  if module.has_variable('prepared', name):
+    return module.get_variable('prepared', name)
+  value = compute()
+  if module.is_mutable_collection('prepared') and not module.is_initializing():
+    module.put_variable('prepared', name, value)
+  return value
 
 
 def reversed_places(places: segments.Places | None) -> segments.Places | None:
