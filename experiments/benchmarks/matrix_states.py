@@ -26,21 +26,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import timing
-from jaxformers.nn.mixers import RWKV6
-from jaxformers.nn.mixers import Attention
-from jaxformers.nn.mixers import LinearAttention
-from jaxformers.nn.mixers import Mamba2
-from jaxformers.nn.mixers import Retention
+from jaxformers.nn import mixers
 from jaxformers.ops import outer_recurrence
 
 HEADS, WIDTH = 4, 64
 CHUNKS = 16, 32, 64, 128, 256
 MIXERS: dict[str, nn.Module] = {
-  'linear_attention': LinearAttention(num_heads=HEADS),
-  'retention': Retention(num_heads=HEADS),
-  'mamba2': Mamba2(state_size=WIDTH),
-  'rwkv6': RWKV6(num_heads=HEADS),
-  'attention': Attention(num_heads=HEADS),
+  'linear_attention': mixers.LinearAttention(num_heads=HEADS),
+  'retention': mixers.Retention(num_heads=HEADS),
+  'mamba2': mixers.Mamba2(state_size=WIDTH),
+  'mamba': mixers.Mamba(),
+  'rwkv4': mixers.RWKV4(),
+  'rwkv6': mixers.RWKV6(num_heads=HEADS),
+  'griffin': mixers.RecurrentBlock(),
+  'lru': mixers.LRU(state_size=WIDTH),
+  's5': mixers.S5(state_size=WIDTH),
+  's4d': mixers.S4D(state_size=WIDTH),
+  's4': mixers.S4(length=1024, state_size=WIDTH),
+  'rtf': mixers.RTF(length=1024, state_size=WIDTH),
+  'hippo_memory': mixers.HippoMemory(size=WIDTH),
+  'hippo_rnn': mixers.HippoRNN(size=WIDTH),
+  'attention': mixers.Attention(num_heads=HEADS),
 }
 """Whose next token is timed; the last has a state that grows."""
 
@@ -240,6 +246,9 @@ def next_token(contexts: tuple[int, ...], rounds: int) -> dict[str, Any]:
   for name, mixer in MIXERS.items():
     x_BLD = jax.random.normal(jax.random.key(0), (1, 1, width))
     variables = jax.jit(mixer.init)(jax.random.key(1), x_BLD)
+    state = mixer.initial_state(1, 1, width, jnp.float32)
+    _, made = mixer.apply(variables, x_BLD, state, mutable=['prepared'])
+    variables = {**variables, **made}
     step = jax.jit(mixer.apply)
     programs = {}
     for context in contexts:

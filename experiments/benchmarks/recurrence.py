@@ -7,7 +7,8 @@
    methods stands `jax.lax.associative_scan`, differentiated by JAX.
 2. The mixers S5 and LRU beside the form in which they were published in JAX:
    complex products, batch by `jax.vmap`, and `jax.lax.associative_scan` over a
-   decay that is copied to each step.
+   decay that is copied to each step; and, up to 4096 steps and if PyTorch is
+   installed, beside a loop over the steps in PyTorch.
 
 On CPU, from about 4 M numbers per array, times are those of fresh pages of
 memory rather than of arithmetic, for the stream as well: set
@@ -15,19 +16,22 @@ MALLOC_TOP_PAD_=MALLOC_MMAP_THRESHOLD_=MALLOC_TRIM_THRESHOLD_=4294967296 to keep
 them. The results say whether this was set.
 
 Run: python -m experiments.benchmarks.recurrence --save
-Time: 5 minutes on 2 CPU cores, and 4 GiB of memory.
+Peers: pip install torch
+Time: 8 minutes on 2 CPU cores, and 4 GiB of memory.
 """
 
 import argparse
 from collections.abc import Callable
 import functools
+import importlib.util
 import os
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.benchmarks import timing
 from jaxformers.nn import GatedOutput
@@ -37,6 +41,9 @@ from jaxformers.ops import discretize
 from jaxformers.ops import linear_recurrence
 
 CHANNELS = 256
+LONGEST_LOOP = 4096
+"""Steps up to which loops of PyTorch are timed."""
+
 Run = Callable[..., Any]
 
 
@@ -78,14 +85,26 @@ def with_gradient(run: Run) -> Run:
   return both
 
 
-def compare(functions: dict[str, Run], arrays: Any, rounds: int) -> Any:
-  """Returns seconds of the first, and ratios of all others to it."""
+def compare(
+  functions: dict[str, Run],
+  arrays: Any,
+  rounds: int,
+  loops: dict[str, Callable[[], Any]] | None = None,
+) -> Any:
+  """Returns seconds of the first, and ratios of all others to it.
+
+  Args:
+    functions: of the arrays, to be compiled.
+    arrays: what they take.
+    rounds: how often each is timed.
+    loops: others, which need nothing.
+  """
   ready = {
     name: functools.partial(jax.jit(function), *arrays)
     for name, function in functions.items()
-  }
+  } | (loops or {})
   seconds = timing.seconds_in_turns(ready, rounds)
-  first, *others = functions
+  first, *others = ready
   return {
     f'{first}_seconds': statistics.median(seconds[first]),
     **{n: timing.ratio(seconds[n], seconds[first]) for n in others},
@@ -117,14 +136,18 @@ def ladder(length: int, rounds: int) -> dict[str, Any]:
   }
 
 
-def published(
-  x_BLD: jax.Array,
-  decay_S: jax.Array,
-  in_SD: jax.Array,
-  out_DS: jax.Array,
-  skip_D: jax.Array,
-) -> jax.Array:
-  """Runs a diagonal system as the published code of S5 and LRU does."""
+class System(NamedTuple):
+  """A diagonal system as published code has it, complex."""
+
+  decay_S: jax.Array
+  in_SD: jax.Array
+  out_DS: jax.Array
+  skip_D: jax.Array
+
+
+def published(system: System, x_BLD: jax.Array) -> jax.Array:
+  """Runs a system as the published code of S5 and LRU does."""
+  decay_S, in_SD, out_DS, skip_D = system
 
   def combine(earlier, later):
     return later[0] * earlier[0], later[0] * earlier[1] + later[1]
@@ -139,77 +162,124 @@ def published(
   return jax.vmap(one)(x_BLD)
 
 
-def published_s5(params: dict[str, jax.Array], x_BLD: jax.Array) -> jax.Array:
-  """S5 as published, of the parameters of ours."""
+def in_torch(system: System, x_BLD: jax.Array) -> dict[str, Run]:
+  """Returns loops over the steps, forward and with backward."""
+  import torch
+
+  given = [torch.tensor(np.asarray(z)).requires_grad_() for z in system]
+  x = torch.tensor(np.asarray(x_BLD)).requires_grad_()
+
+  def run():
+    decay, to_states, from_states, skip = given
+    state, states = 0, []
+    for entering in (x.to(decay.dtype) @ to_states.T).unbind(1):
+      state = decay * state + entering
+      states.append(state)
+    y = (torch.stack(states, dim=1) @ from_states.T).real
+    return y + skip * x
+
+  def forward():
+    with torch.no_grad():
+      return run().numpy()
+
+  def both():
+    return torch.autograd.grad((run() ** 2).sum(), [*given, x]) is None
+
+  return {'forward': forward, 'forward_and_backward': both}
+
+
+def system_of_s5(params: dict[str, jax.Array]) -> System:
+  """Returns the system that parameters of ours make, S5 as published."""
   eigenvalues = jax.lax.complex(params['a_re_S'], params['a_im_S'])
   decay, gain = discretize(eigenvalues, jnp.exp(params['step_S']))
   in_DS = gain * jax.lax.complex(*params['in_NDS'])
   out_SD = 2 * jax.lax.complex(*params['out_NSD'])
-  return published(x_BLD, decay, in_DS.T, out_SD.T, params['skip_D'])
+  return System(decay, in_DS.T, out_SD.T, params['skip_D'])
 
 
-def published_lru(params: dict[str, jax.Array], x_BLD: jax.Array) -> jax.Array:
-  """LRU as published, of the parameters of ours."""
+def system_of_lru(params: dict[str, jax.Array]) -> System:
+  """Returns the system that parameters of ours make, LRU as published."""
   log_decay = jax.lax.complex(
     -jnp.exp(params['nu_S']), jnp.exp(params['theta_S'])
   )
   in_DS = jnp.exp(params['gamma_S']) * jax.lax.complex(*params['in_NDS'])
   out_SD = jax.lax.complex(*params['out_NSD'])
-  skip_D = params['skip_D']
-  return published(x_BLD, jnp.exp(log_decay), in_DS.T, out_SD.T, skip_D)
+  return System(jnp.exp(log_decay), in_DS.T, out_SD.T, params['skip_D'])
 
 
 def mixer_costs(
-  mixer: nn.Module, peer: Run, shape: tuple[int, int, int], rounds: int
+  mixer: nn.Module,
+  system: Callable[[Any], System],
+  shape: tuple[int, int, int],
+  rounds: int,
 ) -> dict[str, Any]:
-  """Compares a mixer with the form in which it was published.
+  """Compares a mixer with the form in which it was published, and a loop.
 
   Args:
     mixer: without anything after its recurrence.
-    peer: a function of parameters and input.
+    system: makes of its parameters what published code has.
     shape: B, L and D.
     rounds: how often each is timed.
   """
   x_BLD = jax.random.normal(jax.random.key(0), shape)
   params = jax.jit(mixer.init)(jax.random.key(1), x_BLD)['params']
   run = lambda params, x_BLD: mixer.apply({'params': params}, x_BLD)[0]
-  error = jnp.abs(run(params, x_BLD) - peer(params, x_BLD)).max()
+  peer = lambda params, x_BLD: published(system(params), x_BLD)
+  arrays = params, x_BLD
+  out_BLD = jax.jit(run)(*arrays)
+  differences = {'published': out_BLD - jax.jit(peer)(*arrays)}
+  loops = {}
+  if importlib.util.find_spec('torch') and shape[1] <= LONGEST_LOOP:
+    loops = in_torch(system(params), x_BLD)
+    differences['torch'] = out_BLD - loops['forward']()
 
   def gradient(run):
     loss = lambda *x: jnp.sum(run(*x) ** 2)
     return jax.value_and_grad(loss, argnums=(0, 1))
 
-  arrays = params, x_BLD
+  functions = {'ours': run, 'published': peer}
+  gradients = {name: gradient(run) for name, run in functions.items()}
+  ways = {'forward': functions, 'forward_and_backward': gradients}
   return {
     'shape': shape,
-    'largest_difference': float(error),
-    'forward': compare({'ours': run, 'published': peer}, arrays, rounds),
-    'forward_and_backward': compare(
-      {'ours': gradient(run), 'published': gradient(peer)}, arrays, rounds
-    ),
+    'largest_difference': {
+      name: float(jnp.abs(x).max()) for name, x in differences.items()
+    },
+    **{
+      way: compare(
+        functions, arrays, rounds, {'torch': loops[way]} if loops else None
+      )
+      for way, functions in ways.items()
+    },
   }
 
 
 def measure(
-  lengths: tuple[int, ...], shape: tuple[int, int, int], rounds: int
+  lengths: tuple[int, ...],
+  shapes: tuple[tuple[int, int, int], ...],
+  rounds: int,
 ) -> dict[str, Any]:
   """Measures everything.
 
   Args:
     lengths: of the ladder.
-    shape: B, L and D of the mixers.
+    shapes: B, L and D of the mixers.
     rounds: how often each thing is timed.
   """
   plain = GatedOutput(gate='none', activation='identity')
-  width = shape[-1]
-  s5 = S5(state_size=2 * width, output=plain)
-  lru = LRU(state_size=width, r_min=0.9, r_max=0.999, output=plain)
-  return {
+  results = {
     'malloc_top_pad': os.environ.get('MALLOC_TOP_PAD_'),
     'ladder': [ladder(length, rounds) for length in lengths],
-    's5': mixer_costs(s5, published_s5, shape, rounds),
-    'lru': mixer_costs(lru, published_lru, shape, rounds),
+    's5': [],
+    'lru': [],
   }
+  for shape in shapes:
+    width = shape[-1]
+    s5 = S5(state_size=2 * width, output=plain)
+    lru = LRU(state_size=width, r_min=0.9, r_max=0.999, output=plain)
+    results['s5'].append(mixer_costs(s5, system_of_s5, shape, rounds))
+    results['lru'].append(mixer_costs(lru, system_of_lru, shape, rounds))
+  return results
 
 
 def main() -> None:
@@ -221,7 +291,9 @@ def main() -> None:
     '--lengths', type=int, nargs='+', default=[1024, 4096, 16384, 65536]
   )
   arguments = parser.parse_args()
-  results = measure(tuple(arguments.lengths), (8, 1024, 128), arguments.rounds)
+  lengths = tuple(arguments.lengths)
+  shapes = (8, 1024, 128), *((1, length, CHANNELS) for length in lengths)
+  results = measure(lengths, shapes, arguments.rounds)
   timing.report('recurrence', results, arguments.save)
 
 

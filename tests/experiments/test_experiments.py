@@ -243,8 +243,8 @@ def test_the_selective_benchmark_measures(monkeypatch):
   monkeypatch.syspath_prepend(str(ROOT))
   from experiments.benchmarks import selective
 
-  results = selective.measure(64, 8, (2,), rounds=1)
-  fused = results['recurrence_states_2']
+  results = selective.measure((16, 64), 8, (2,), rounds=1)
+  fused = results['recurrence_states_2']['64']
   assert fused['forward_backward_speed_relative_to_associative'] > 0
   assert 0 < fused['memory_relative_to_associative']
   assert results['mamba_block']['forward_speed_relative_to_published'] > 0
