@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import socket
 import time
 from typing import Any, ClassVar
@@ -34,6 +35,9 @@ class Directory(abc.ABC):
     content: What the configuration is called; names the file that holds it.
     adaptable: Settings that may differ from those recorded.
     path: The directory; a string is accepted.
+
+  Raises:
+    ValueError: If the path is an address such as `gs://bucket/run`.
   """
 
   kind: ClassVar[str]
@@ -43,6 +47,13 @@ class Directory(abc.ABC):
 
   def __post_init__(self):
     object.__setattr__(self, 'path', pathlib.Path(self.path))
+    scheme = re.match('[a-z][a-z0-9+]+:/', str(self.path))
+    if scheme:
+      raise ValueError(
+        f'{self.path} names a store and not a directory: locks, metrics and '
+        'checkpoints need a file system. Mount the store, for gs:// with '
+        'gcsfuse, and pass the path at which it is mounted.'
+      )
 
   @property
   def record(self) -> pathlib.Path:

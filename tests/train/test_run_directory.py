@@ -184,3 +184,9 @@ def test_a_file_system_without_locks_is_warned_about(tmp_path, monkeypatch):
     RunDirectory(tmp_path).locked(),
   ):
     pass
+
+
+@pytest.mark.parametrize('path', ['gs://bucket/run', 's3://bucket/run'])
+def test_stores_that_are_no_file_systems_are_refused(path):
+  with pytest.raises(ValueError, match='Mount the store'):
+    RunDirectory(pathlib.Path(path))
