@@ -79,7 +79,7 @@ def span(values):
 
 def test_figures_are_those_of_the_results():
   results = ROOT / 'experiments'
-  lm, step, crash, attention, recurrence, states = (
+  lm, step, crash, attention, recurrence, selective, states = (
     json.loads((results / path).read_text())
     for path in (
       'results/lm.json',
@@ -87,6 +87,7 @@ def test_figures_are_those_of_the_results():
       'benchmarks/results/crash_test.json',
       'benchmarks/results/attention.json',
       'benchmarks/results/recurrence.json',
+      'benchmarks/results/selective.json',
       'benchmarks/results/matrix_states.json',
     )
   )
@@ -114,6 +115,21 @@ def test_figures_are_those_of_the_results():
       ),
     )
   ]
+  scans = [
+    entry
+    for name, by_length in selective.items()
+    if name.startswith('recurrence_states')
+    for entry in by_length.values()
+  ]
+  materialised = 'sequential', 'associative'
+  faster = [
+    [x[key] for x in scans if key in x]
+    for key in (f'forward_backward_speed_relative_to_{m}' for m in materialised)
+  ]
+  memory = max(
+    x[f'memory_relative_to_{m}'] for x in scans for m in materialised
+  )
+  block = selective['mamba_block']
   longer = {k: v['largest_ratio'] for k, v in states['next_token'].items()}
   growth = longer.pop('attention')
   rows = re.findall(r'^\| (.*?) \| (.*?) \|$', TEXT, re.MULTILINE)
@@ -128,6 +144,11 @@ def test_figures_are_those_of_the_results():
     '{:.1f}, {:.1f}'.format(*speeds[0]),
     '{:.2f}, {:.2f}'.format(*speeds[1]),
     *spans,
+    '{}, {}; {:.1%}'.format(*map(span, faster), memory),
+    ', '.join(
+      f'{block[f"forward_backward_speed_relative_to_{peer}"]:.1f}'
+      for peer in ('published', 'torch')
+    ),
     f'{max(longer.values()):.2f}; {growth:.0f}',
     '0, 0, 0',
   ):

@@ -1,6 +1,6 @@
 """Training S4D in chunks, beside convolutions by Fourier transforms.
 
-One sequence, 256 channels of 64 real states each; forward, and forward with
+One sequence, 256 channels of 16 or 64 real states each; forward, and forward with
 backward down to eigenvalues, inputs, readouts and steps. In turns within one run:
 
 - `chunked`: what `S4D` does;
@@ -13,7 +13,7 @@ Then memory, as compiled. The bar: training in chunks is at least 1.8 times as f
 as `direct`.
 
 Run: python -m experiments.benchmarks.state_spaces --save
-Time: about 5 minutes on 2 CPU cores, and 8 GiB of memory.
+Time: about 8 minutes on 2 CPU cores, and 8 GiB of memory.
 """
 
 import argparse
@@ -132,7 +132,7 @@ def measure(
   lengths: tuple[int, ...],
   *,
   width: int,
-  states: int,
+  states: tuple[int, ...],
   rounds: int,
   longest: int = DIRECT,
 ) -> dict[str, Any]:
@@ -141,15 +141,18 @@ def measure(
   Args:
     lengths: of the sequences.
     width: channels.
-    states: per channel, counted in real numbers.
-    rounds: how often each thing is timed.
+    states: numbers per channel, counted as real.
+    rounds: how often each is timed.
     longest: length up to which the direct kernel is timed.
   """
   return {
-    'batch_width_states': [1, width, states],
+    'batch_width': [1, width],
     **{
-      str(length): at_length(length, width, states, rounds, longest)
-      for length in lengths
+      f'states_{size}': {
+        str(length): at_length(length, width, size, rounds, longest)
+        for length in lengths
+      }
+      for size in states
     },
   }
 
@@ -159,7 +162,8 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--save', action='store_true', help='keep the results')
   arguments = parser.parse_args()
-  results = measure((1024, 4096, 16384, 65536), width=256, states=64, rounds=5)
+  lengths = 1024, 4096, 16384, 65536
+  results = measure(lengths, width=256, states=(16, 64), rounds=5)
   timing.report('state_spaces', results, arguments.save)
 
 

@@ -254,9 +254,10 @@ def test_the_state_space_benchmark_measures(monkeypatch):
   monkeypatch.syspath_prepend(str(ROOT))
   from experiments.benchmarks import state_spaces
 
-  results = state_spaces.measure((96,), width=4, states=4, rounds=1)
+  results = state_spaces.measure((96,), width=4, states=(4,), rounds=1)
   for name in ('fft', 'direct'):
-    assert results['96'][f'chunked_both_speed_relative_to_{name}'] > 0
+    speeds = results['states_4']['96']
+    assert speeds[f'chunked_both_speed_relative_to_{name}'] > 0
 
 
 def test_the_benchmark_of_matrix_states_measures(monkeypatch):
