@@ -49,9 +49,9 @@ class MeshShape:
     fsdp: parts of the batch that also share out the parameters.
     tensor: parts of heads, hidden units and vocabulary.
     sequence: parts of each sequence.
-    dcn: groups of devices that only the network of the data centre joins, such
-      as slices of TPUs; each has copies of the parameters and its part of the
-      batch.
+    dcn: groups of devices that only the network of the data centre joins; each
+      has copies of the parameters and its part of the batch. Slices of TPUs are
+      such groups, and must be; hosts of GPUs may be.
   """
 
   data: int = -1
@@ -81,8 +81,8 @@ class MeshShape:
       devices: those to arrange; None for all of all processes.
 
     Raises:
-      ValueError: if the axes do not multiply to the number of devices, or
-        devices are joined in other groups than `dcn` says.
+      ValueError: if the axes do not multiply to the number of devices, or TPUs
+        lie in several slices and `dcn` is not their number.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = self.sizes(len(devices))
@@ -97,14 +97,18 @@ class MeshShape:
 
 def _arranged(devices, sizes):
   """Returns an array of devices with an axis for each axis of the mesh."""
+  shape = tuple(sizes.values())
   groups = len({getattr(device, 'slice_index', 0) for device in devices})
-  if groups not in (1, sizes['dcn']):
+  if devices[0].platform != 'tpu':
+    # XLA calls hosts of GPUs slices too, and numbers devices host by host. Any
+    # axis may pass from one to the next.
+    devices = sorted(devices, key=lambda device: device.id)
+  elif groups not in (1, sizes['dcn']):
     raise ValueError(
       f'the devices lie in {groups} slices, so the mesh needs dcn={groups}, '
       f'got dcn={sizes["dcn"]}.'
     )
-  shape = tuple(sizes.values())
-  if groups == 1:
+  if groups == 1 or groups != sizes['dcn']:
     return mesh_utils.create_device_mesh(
       shape, devices, allow_split_physical_axes=True
     )
