@@ -6,11 +6,12 @@ import pathlib
 from typing import Any
 
 from jaxformers.cli import experiment_file
+from jaxformers.cli import mesh_argument
 from jaxformers.cli import values
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-  """Declares RUN, `--checkpoint` and `--code`.
+  """Declares RUN, `--checkpoint`, `--mesh` and `--code`.
 
   Args:
     parser: That of the command.
@@ -27,6 +28,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     type=values.checkpoint,
     default='latest',
     help='which saved state to use (default: %(default)s)',
+  )
+  mesh_argument.add(
+    parser,
+    '1',
+    'the mesh of the run or, on other devices, as much fsdp as divides',
   )
   parser.add_argument(
     '--code',
@@ -69,4 +75,5 @@ def open_run(
     arguments.run_directory,
     checkpoint=arguments.checkpoint,
     classes=known_classes,
+    mesh=mesh_argument.shape(arguments.mesh),
   )

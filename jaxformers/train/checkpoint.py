@@ -31,8 +31,12 @@ _SELECTOR = 'heldout_loss'
 _TEMPORARY = '.orbax-checkpoint-tmp'
 # Gets the time of the commit after the seal; orbax restores without it.
 _ORBAX_OWN = '_CHECKPOINT_METADATA'
+_ANY = 'any'
 
 Which = int | Literal['latest', 'best']
+
+NOT_READ = ocp.PLACEHOLDER
+"""Stands in a state for a leaf that is not read from a checkpoint."""
 
 
 class Restored(NamedTuple):
@@ -228,7 +232,7 @@ class Checkpoints:
       if math.isfinite(value)
     }
     items = ocp.args.Composite(
-      state=ocp.args.StandardSave(state),
+      state=ocp.args.PyTreeSave(state),
       progress=ocp.args.JsonSave(progress),
       experiment=ocp.args.JsonSave(record),
       contents=ocp.args.JsonSave(
@@ -295,7 +299,8 @@ class Checkpoints:
     Args:
       which: a step, `'latest'` or `'best'`.
       abstract_state: pytree of `jax.ShapeDtypeStruct` with the shardings that
-        are wanted; they need not be those it was saved with.
+        are wanted; they need not be those it was saved with. Leaves that are
+        `NOT_READ` stay so.
 
     Returns:
       The checkpoint, or None if there is none (for `'best'`: none with a
@@ -349,8 +354,9 @@ class Checkpoints:
 
   def _read(self, step: int, abstract_state: Any) -> Restored:
     """Reads an undamaged checkpoint."""
+    places = ocp.checkpoint_utils.construct_restore_args(abstract_state)
     arguments = ocp.args.Composite(
-      state=ocp.args.StandardRestore(abstract_state),
+      state=ocp.args.PyTreeRestore(abstract_state, restore_args=places),
       progress=ocp.args.JsonRestore(),
       experiment=ocp.args.JsonRestore(),
     )
@@ -374,7 +380,9 @@ class Checkpoints:
     saved = self._read_contents(step)['leaves']
     wanted = kinds_of(abstract_state)
     names = [
-      name for name in saved | wanted if saved.get(name) != wanted.get(name)
+      name
+      for name in saved | wanted
+      if wanted.get(name) not in (saved.get(name), _ANY)
     ]
     if not names:
       return None
@@ -422,12 +430,12 @@ def kinds_of(tree: Any) -> dict[str, str]:
   """Returns dtype and shape of every leaf by its path.
 
   Args:
-    tree: of arrays or of their shapes.
+    tree: of arrays or of their shapes; those of `NOT_READ` are any.
   """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {
     jax.tree_util.keystr(path, simple=True, separator='.'): (
-      f'{leaf.dtype}{list(leaf.shape)}'
+      _ANY if leaf is NOT_READ else f'{leaf.dtype}{list(leaf.shape)}'
     )
     for path, leaf in leaves
   }

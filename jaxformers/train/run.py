@@ -1,6 +1,7 @@
 """A trained run, opened to be used."""
 
 from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -12,7 +13,11 @@ import numpy as np
 from jaxformers.decode import Sampler
 from jaxformers.decode import stream
 from jaxformers.nn import LoRA
+from jaxformers.optim.descent import AverageState
+from jaxformers.optim.descent import averaged_params
+from jaxformers.optim.descent import keeps_average
 from jaxformers.train import record as records
+from jaxformers.train.checkpoint import NOT_READ
 from jaxformers.train.checkpoint import Checkpoints
 from jaxformers.train.errors import RunFailed
 from jaxformers.train.evaluation import evaluate
@@ -163,8 +168,11 @@ def open_run(
   checkpoint: int | str = 'latest',
   classes: dict[str, type] | None = None,
   averaged: bool = True,
+  mesh: MeshShape | None = None,
 ) -> Run:
   """Opens a run from its record and a checkpoint.
+
+  Only what the model needs is read, not the moments of the optimiser.
 
   No code in the directory is executed: the record names classes, and only those
   in `classes` are made.
@@ -175,29 +183,68 @@ def open_run(
     classes: the classes that the record may name; None for the library's.
     averaged: whether to take the mean of the parameters where the optimiser
       kept it, and not the last ones.
+    mesh: how the devices that are here share it out. None for the mesh of the
+      run or, if that does not fit them, `fsdp` over as many as parameters
+      divide among.
 
   Raises:
     FileNotFoundError: if there is no run.
-    ValueError: if it has no such checkpoint.
+    ValueError: if it has no such checkpoint, or does not fit the mesh.
     RunFailed: if none can be read.
   """
   directory = RunDirectory(pathlib.Path(workdir))
   classes = records.known_classes() if classes is None else classes
   experiment = records.from_record(directory.load(), classes)
-  if experiment.mesh.sizes(jax.device_count()) is None:
-    # Trained on other devices: all of these here then hold the whole model.
-    experiment = dataclasses.replace(experiment, mesh=MeshShape())
-  state = abstract_state(experiment, experiment.mesh.build())
+  mesh, state = _here(experiment, mesh)
+  experiment = dataclasses.replace(experiment, mesh=mesh)
+  averaged = averaged and keeps_average(state.optimizer_state)
   with Checkpoints(directory.checkpoints, read_only=True) as checkpoints:
-    restored = checkpoints.restore(checkpoint, without_frozen(state))
+    restored = checkpoints.restore(
+      checkpoint, without_frozen(_needed(state, averaged))
+    )
   if restored is None:
     raise RunFailed(
       f'{directory.path} has no {checkpoint} checkpoint yet; train it first, '
       'or ask for another.'
     )
   final = with_frozen(restored.state, state, directory, read_only=True)
-  variables = final.result if averaged else final.variables
+  variables = final.variables
+  if averaged:
+    variables['params'] = averaged_params(final.optimizer_state, state.params)
   return Run(experiment, variables, restored.step)
+
+
+def _here(experiment, mesh):
+  """Returns a mesh of the devices that are here, and the shapes of the state."""
+  count = jax.device_count()
+  if mesh is None and experiment.mesh.sizes(count) is not None:
+    mesh = experiment.mesh
+  if mesh is not None:
+    return mesh, abstract_state(experiment, mesh.build())
+  *shared, whole = [
+    MeshShape(fsdp=n) for n in range(count, 0, -1) if count % n == 0
+  ]
+  for mesh in shared:
+    with contextlib.suppress(ValueError):  # A width does not divide.
+      return mesh, abstract_state(experiment, mesh.build())
+  return whole, abstract_state(experiment, whole.build())
+
+
+def _needed(state, averaged):
+  """Returns a state in which what the model does not need is not read."""
+  is_average = lambda node: averaged and isinstance(node, AverageState)
+
+  def needed(node):
+    if is_average(node):
+      return AverageState(NOT_READ, NOT_READ, node.average)
+    return NOT_READ
+
+  not_read = lambda tree: jax.tree.map(needed, tree, is_leaf=is_average)
+  return state._replace(
+    params=not_read(state.params) if averaged else state.params,
+    optimizer_state=not_read(state.optimizer_state),
+    tasks=not_read(state.tasks),
+  )
 
 
 def _single(tokenizer, text):

@@ -4,6 +4,7 @@ import pytest
 
 from jaxformers.cli import main
 from jaxformers.cli import sample
+from jaxformers.train import MeshShape
 
 
 class FakeRun:
@@ -20,7 +21,8 @@ def opened(monkeypatch):
   """Returns what `open_run` receives and the run that it gives."""
   fake = FakeRun([(0, b' was '), (0, 'light\u00e9'.encode())])
 
-  def open_run(workdir, *, checkpoint, classes):
+  def open_run(workdir, *, checkpoint, classes, mesh):
+    fake.mesh = mesh
     fake.opened = str(workdir), checkpoint, classes
     return fake
 
@@ -53,6 +55,8 @@ def test_options_reach_the_run(opened):
     '120',
     '--stop',
     '\n',
+    '--mesh',
+    'fsdp=4,tensor=2',
     '--prompt',
     'a',
     '--prompt=b',
@@ -60,6 +64,7 @@ def test_options_reach_the_run(opened):
   assert main(['sample', 'runs/a', *words]) == 0
   assert opened.opened[:2] == ('runs/a', 120)
   assert 'LanguageModel' in opened.opened[2]
+  assert opened.mesh == MeshShape(data=1, fsdp=4, tensor=2)
   assert opened.options == {
     'prompts': ['a', 'b'],
     'tokens': 7,
@@ -74,6 +79,7 @@ def test_options_reach_the_run(opened):
 def test_defaults_are_latest_checkpoint_and_plain_sampling(opened):
   assert main(['sample', 'runs/a', '--prompt', 'a']) == 0
   assert opened.opened[1] == 'latest'
+  assert opened.mesh is None
   options = opened.options
   assert (options['temperature'], options['seed']) == (1.0, 0)
   assert options['top_k'] is options['top_p'] is options['stop'] is None

@@ -22,6 +22,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxformers.train.checkpoint import NOT_READ
 from jaxformers.train.checkpoint import Checkpoints
 from jaxformers.train.errors import RunFailed
 
@@ -112,6 +113,21 @@ def test_restored_state_has_the_same_bits_dtypes_and_types(two_saved):
   assert restored.step == 2
   assert restored.progress == {'position': [2, 2.5]}
   assert restored.record == {'kind': 'Experiment', 'name': None}
+
+
+def test_leaves_that_are_not_wanted_are_not_read(two_saved):
+  wanted = abstract(make_state())
+  left_out = jax.tree.map(lambda _: NOT_READ, wanted.optimiser)
+  with Checkpoints(two_saved, read_only=True) as checkpoints:
+    state = checkpoints.restore(
+      'best', wanted._replace(optimiser=left_out)
+    ).state
+    with pytest.raises(ValueError, match=r'params\.w_DE is float32.*absent'):
+      checkpoints.restore('best', State({}, left_out, wanted.step))
+  assert state.optimiser == left_out
+  expected = make_state(2)
+  assert_same(state.params, expected.params)
+  assert_same(state.step, expected.step)
 
 
 def test_negative_zero_and_nan_payloads_survive(tmp_path):

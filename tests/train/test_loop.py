@@ -11,6 +11,10 @@ import jax
 import numpy as np
 import pytest
 
+from jaxformers.nn import Block
+from jaxformers.nn import FeedForward
+from jaxformers.nn import Stack
+from jaxformers.nn.mixers import Attention
 from jaxformers.optim import AdamW
 from jaxformers.optim import Averaged
 from jaxformers.optim import Constant
@@ -20,8 +24,11 @@ from jaxformers.train import NGram
 from jaxformers.train import loop
 from jaxformers.train import open_run
 from jaxformers.train import record as records
+from jaxformers.train import run as run_module
 from jaxformers.train import step as step_module
 from jaxformers.train import train
+from jaxformers.train.checkpoint import Checkpoints
+from jaxformers.train.checkpoint import kinds_of
 from jaxformers.train.errors import RunFailed
 from jaxformers.train.metrics import read_metrics
 
@@ -220,11 +227,63 @@ def test_a_run_is_opened_without_its_data_and_on_other_devices(
   record = path.read_text().replace(str(text_file), 'gone.txt')
   path.write_text(record.replace('"data": 8,', '"data": 64,'))
   run = open_run(workdir)
-  assert run.experiment.mesh == MeshShape()
+  assert run.experiment.mesh == MeshShape(fsdp=8)
   equal(run.variables, state.variables)
   assert b''.join(text for _, text in run.sample(['1: '], tokens=4))
   with pytest.raises(FileNotFoundError, match=r'gone\.txt'):
     run.evaluate()
+
+
+def test_a_run_is_shared_out_as_asked_and_its_moments_are_not_read(
+  finished, monkeypatch
+):
+  _, workdir, state = finished
+  original, read = Checkpoints.restore, {}
+
+  def restore(self, which, abstract_state):
+    read.update(kinds_of(abstract_state))
+    return original(self, which, abstract_state)
+
+  monkeypatch.setattr(Checkpoints, 'restore', restore)
+  run = open_run(workdir, mesh=MeshShape(data=1, fsdp=4, tensor=2))
+  heads = {
+    name.partition('.')[0] for name, kind in read.items() if kind != 'any'
+  }
+  assert heads == {'params', 'step', 'skipped'}
+  equal(run.variables, state.variables)
+  specs = {
+    jax.tree_util.keystr(path): leaf.sharding.spec
+    for path, leaf in jax.tree_util.tree_leaves_with_path(run.variables)
+  }
+  [named] = [spec for name, spec in specs.items() if 'w_DF' in name]
+  assert named == jax.P(None, 'fsdp', 'tensor')
+  last = read_metrics(workdir / 'metrics.jsonl')[-1]
+  assert run.evaluate()['loss'] == pytest.approx(last['loss'], rel=1e-5)
+  with pytest.raises(ValueError, match='does not fit 8 devices'):
+    open_run(workdir, mesh=MeshShape(data=3))
+
+
+@pytest.mark.parametrize(
+  ('width', 'mesh', 'expected'),
+  [
+    (8, MeshShape(fsdp=2), MeshShape(fsdp=2)),  # Its own fits.
+    (8, MeshShape(fsdp=16), MeshShape(fsdp=8)),
+    (12, MeshShape(fsdp=6), MeshShape(fsdp=4)),
+    (5, MeshShape(fsdp=5), MeshShape(fsdp=1)),
+  ],
+)
+def test_on_other_devices_as_many_share_parameters_as_divide_the_width(
+  tiny, tiny_model, width, mesh, expected
+):
+  model = tiny_model(width=width)
+  if width % 2:
+    attention = Attention(num_heads=1, head_dim=2)
+    block = Block(attention, FeedForward(hidden=4))
+    model = model.clone(stack=Stack(block, 1))
+  found, state = run_module._here(tiny(model=model, mesh=mesh), None)
+  assert found == expected
+  sizes = {leaf.sharding.mesh.shape['fsdp'] for leaf in jax.tree.leaves(state)}
+  assert sizes == {expected.fsdp}
 
 
 def test_runs_that_cannot_be_opened_say_why(finished):
