@@ -125,7 +125,8 @@ def changes(expected: dict, found: dict, tolerance: float = 0.1) -> list[str]:
   old = {'peak_bytes': expected['peak_bytes'], **expected['collective_bytes']}
   new = {'peak_bytes': found['peak_bytes'], **found['collective_bytes']}
   for name in sorted(old.keys() | new.keys()):
-    before, after = old.get(name, 0), new.get(name, 0)
+    # A peak is None where the compiler does not say it.
+    before, after = old.get(name) or 0, new.get(name) or 0
     if abs(after - before) > tolerance * before:
       lines.append(f'{name}: {before:.4g} became {after:.4g}')
   return lines

@@ -72,7 +72,9 @@ def page() -> str:
 def row(report: Report) -> str:
   """Returns the line of a candidate."""
   mesh = ' '.join(f'{k}={n}' for k, n in report.mesh.items() if n > 1)
-  memory = f'{report.peak_bytes / 2**30:.1f} GiB'
+  memory = 'unknown'
+  if report.peak_bytes is not None:
+    memory = f'{report.peak_bytes / 2**30:.1f} GiB'
   rest = ['does not fit', '', '']
   if report.fits:
     estimate = report.estimate()

@@ -7,6 +7,7 @@ machine, so memory, layouts and collectives are those that it will have.
 
 import importlib.metadata
 import importlib.util
+import os
 import re
 import time
 from typing import Any
@@ -18,6 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from jaxformers.aot.hardware import Topology
+from jaxformers.aot.hardware import memory_fraction
 from jaxformers.aot.hlo import Module
 from jaxformers.aot.report import Part
 from jaxformers.aot.report import Report
@@ -25,6 +27,7 @@ from jaxformers.aot.report import Traffic
 from jaxformers.aot.search import remat_of
 from jaxformers.train.experiment import Experiment
 from jaxformers.train.flops import matmul_flops
+from jaxformers.train.flops import model_flops
 from jaxformers.train.flops import programs_in
 from jaxformers.train.holdings import holdings
 from jaxformers.train.program import abstract_batch
@@ -64,7 +67,7 @@ def environment(topology: Topology) -> dict[str, str]:
       'TPU_WORKER_ID': '0',
       'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
     }
-  if importlib.util.find_spec('jax_plugins.xla_cuda13') is None:
+  if importlib.util.find_spec('jax_cuda13_plugin') is None:
     raise ImportError(
       'compiling for GPUs needs the plugin of JAX, which also runs without a '
       "GPU: pip install 'jaxformers[gpu-aot]'."
@@ -120,6 +123,7 @@ def compile_step(
     ValueError: if the experiment does not fit the mesh, or there is no such
       step.
   """
+  fraction = memory_fraction(topology.chip, os.environ)
   mesh = experiment.mesh.build(devices_of(topology))
   jitted, arguments, kept = _program(experiment, mesh, step, length)
   traced = jitted.trace(*arguments)
@@ -136,6 +140,7 @@ def compile_step(
   seconds = time.monotonic() - begin
   devices = topology.devices
   flops = matmul_flops(traced.jaxpr.jaxpr)
+  needed = model_flops(experiment, *arguments) if step == 'train' else flops
   facts = dict(
     program=step,
     topology=topology.name,
@@ -143,15 +148,17 @@ def compile_step(
     versions=_versions(topology),
     parts=kept,
     flops=flops / devices,
-    model_flops=_model_flops(experiment, mesh, step, flops) / devices,
+    model_flops=needed / devices,
     tokens=_tokens(experiment, step),
     seconds_to_compile=seconds,
     remat=remat_of(experiment),
+    memory_fraction=fraction,
   )
   if error is not None:
-    found = _exhausted(str(error), topology, traced.jaxpr, kept)
+    found = _exhausted(str(error), traced.jaxpr, kept)
     return Report(**facts, **found)
-  return Report(**facts, **_measured(compiled, topology))
+  memory = fraction * topology.chip.memory
+  return Report(**facts, **_measured(compiled, topology, memory))
 
 
 def _program(experiment, mesh, step, length):
@@ -224,26 +231,13 @@ def _tokens(experiment, step):
   return experiment.batch_size * length
 
 
-def _model_flops(experiment, mesh, step, flops):
-  """Returns the operations that the model needs, without recomputation."""
-  if step != 'train':
-    return flops
-  forward = evaluate_step_of(experiment)
-  state, batch = (
-    abstract_state(experiment, mesh),
-    abstract_batch(experiment, mesh),
-  )
-  jaxpr = jax.make_jaxpr(forward)(state, batch).jaxpr
-  return 3 * matmul_flops(jaxpr)
-
-
 def _versions(topology):
   tpu = topology.chip.platform == 'tpu'
   compiler = 'libtpu' if tpu else 'jax-cuda13-plugin'
   return {n: importlib.metadata.version(n) for n in ('jax', compiler)}
 
 
-def _measured(compiled, topology):
+def _measured(compiled, topology, memory):
   stats = compiled.memory_analysis()
   module = Module(compiled.as_text())
   collectives = module.collectives(
@@ -262,7 +256,7 @@ def _measured(compiled, topology):
       )
     )
   return dict(
-    fits=stats.peak_memory_in_bytes <= topology.chip.memory,
+    fits=stats.peak_memory_in_bytes <= memory,
     peak_bytes=float(stats.peak_memory_in_bytes),
     buffers=tuple(
       Part(f'{b.shape} {_place(b.source)}'.strip(), b.bytes)
@@ -286,17 +280,11 @@ def _place(source: str) -> str:
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40, '': 1}
 
 
-def _exhausted(
-  message: str,
-  topology: Topology,
-  program: Any = None,
-  kept: tuple[Part, ...] = (),
-):
+def _exhausted(message: str, program: Any = None, kept: tuple[Part, ...] = ()):
   """Reads what the compiler says about memory that does not suffice."""
   number = r'([\d.]+)([KMGT]?)'
-  used = re.search(rf'Used {number} of', message)
-  peak = topology.chip.memory + 1  # So much at least.
-  if used:
+  peak = None
+  if used := re.search(rf'Used {number} of', message):
     peak = float(used[1]) * _UNITS[used[2]]
   elif used := re.search(rf'temporaries \({number}\) exceeds', message):
     peak = float(used[1]) * _UNITS[used[2]] + sum(part.bytes for part in kept)

@@ -1,5 +1,6 @@
 """The machines that programs can be compiled for, and what they can do."""
 
+from collections.abc import Mapping
 import dataclasses
 import difflib
 import math
@@ -36,7 +37,8 @@ class Chip:
   Attributes:
     name: of the generation.
     platform: `'tpu'` or `'cuda'`.
-    memory: bytes that a program may use.
+    memory: bytes that a program may use; of GPUs all, of which programs get
+      `memory_fraction`.
     flops: dense bfloat16 operations per second.
     memory_bandwidth: bytes per second.
     link_bandwidth: bytes per second that leave a device over all links to its
@@ -92,6 +94,29 @@ CHIPS = {
 }
 """Generations by name. Network bandwidths of v4, v6e and tpu7x are those of the
 network cards of their hosts, shared out, as far as they are published."""
+
+
+def memory_fraction(chip: Chip, environment: Mapping[str, str]) -> float:
+  """Returns how much of the memory of a device JAX gives to programs.
+
+  Of GPUs three quarters, unless XLA_CLIENT_MEM_FRACTION (formerly
+  XLA_PYTHON_CLIENT_MEM_FRACTION) says otherwise.
+
+  Args:
+    chip: the device.
+    environment: variables, as the program will have them.
+
+  Raises:
+    ValueError: if what the environment says is no fraction.
+  """
+  if chip.platform == 'tpu':
+    return 1.0
+  for name in ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'):
+    if text := environment.get(name):
+      if not re.fullmatch(r'0?\.\d+|1(\.0*)?', text) or not float(text):
+        raise ValueError(f'{name} must be above 0 and at most 1, got {text!r}.')
+      return float(text)
+  return 0.75
 
 
 @dataclasses.dataclass(frozen=True)

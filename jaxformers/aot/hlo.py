@@ -16,6 +16,8 @@ KINDS = (
   'all-reduce',
   'reduce-scatter',
   'all-to-all',
+  'ragged-all-to-all',
+  'collective-broadcast',
   'collective-permute',
 )
 """The collectives."""
@@ -137,6 +139,8 @@ class Module:
   Attributes:
     computations: instructions of each computation, by name.
     entry: name of the one that runs.
+    replicas: how many copies of it run.
+    partitions: how many devices share out each copy.
   """
 
   def __init__(self, text: str):
@@ -155,6 +159,11 @@ class Module:
         self.computations[name][found[1]] = Instruction(*found.groups())
     if not self.entry:
       raise ValueError('the text is no HLO module: it has no ENTRY.')
+    counts = [
+      re.search(rf'\b{word}=(\d+)', text.partition('\n')[0])
+      for word in ('replica_count', 'num_partitions')
+    ]
+    self.replicas, self.partitions = (int(c[1]) if c else 1 for c in counts)
 
   def walk(self) -> Iterator[tuple[str, Instruction, int]]:
     """Yields computation, instruction and how often it runs; not in fusions."""
@@ -260,7 +269,9 @@ class Module:
       pairs = re.findall(r'\{(\d+),(\d+)\}', pairs[0] if pairs else '')
       apart = any(int(a) // island != int(b) // island for a, b in pairs)
       return (2 if any(a != b for a, b in pairs) else 1), apart
-    members = _members(text)
+    # Without a channel, the devices of each copy keep to themselves.
+    shared = self.partitions if 'channel_id=' in text else 1
+    members = _members(text, self.replicas * shared)
     return len(members), len({m // island for m in members}) > 1
 
   def memory_traffic(self) -> float:
@@ -351,12 +362,17 @@ _SENT = {
   'all-reduce': lambda n: 2 * (n - 1) / n,
   'reduce-scatter': lambda n: n - 1,
   'all-to-all': lambda n: (n - 1) / n,
+  'ragged-all-to-all': lambda n: (n - 1) / n,
+  'collective-broadcast': lambda n: 1,
   'collective-permute': lambda n: 1,
 }
 
 
-def _members(text: str) -> list[int]:
+def _members(text: str, everyone: int) -> list[int]:
   """Returns the devices of the first group of a collective."""
+  groups = re.search(r'replica_groups=(\{\}|\{\{\}\})?', text)
+  if groups is None or groups[1]:  # None are named.
+    return list(range(everyone))
   if found := re.search(r'replica_groups=\{\{([\d,]*)\}', text):
     return [int(n) for n in found[1].split(',') if n]
   iota = r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?'
@@ -380,7 +396,7 @@ def _members(text: str) -> list[int]:
     rest = [axis for axis in range(len(sizes)) if axis not in wanted]
     places = _iota(sizes, (*rest, *wanted))
     return [devices[p] for p in places[: math.prod(sizes[a] for a in wanted)]]
-  return []
+  raise ValueError(f'cannot read the groups of a collective: {text[:200]}')
 
 
 def _order(text: str | None, axes: int) -> tuple[int, ...]:

@@ -51,13 +51,13 @@ class Report:
     mesh: size of each axis.
     versions: of JAX and of the compiler.
     fits: whether it fits the memory.
-    peak_bytes: largest amount of memory in use.
+    peak_bytes: largest amount of memory in use; None where it does not fit and
+      the compiler does not say what it needs.
     parts: what lies in memory from step to step, largest first.
     buffers: the largest arrays that the program makes; where it does not fit,
       the largest allocations that the compiler names.
     flops: operations of matrix products, recomputation included.
-    model_flops: the same without recomputation, three times those of the
-      forward pass; of decoding, the forward pass.
+    model_flops: those that the model needs, see `train.flops.model_flops`.
     memory_traffic: bytes read and written, an estimate.
     traffic: collectives by kind.
     tokens: tokens per step, over all devices.
@@ -66,6 +66,8 @@ class Report:
       all devices because it knew no way from one placement to another.
     remat: what the stack keeps for the backward pass, see `nn.Stack`; None for
       all, or where there is no stack.
+    memory_fraction: how much of the memory programs get, see
+      `hardware.memory_fraction`.
   """
 
   program: str
@@ -73,7 +75,7 @@ class Report:
   mesh: dict[str, int]
   versions: dict[str, str]
   fits: bool
-  peak_bytes: float
+  peak_bytes: float | None
   parts: tuple[Part, ...]
   buffers: tuple[Part, ...]
   flops: float
@@ -84,6 +86,7 @@ class Report:
   seconds_to_compile: float
   copied_whole: int = 0
   remat: str | None = None
+  memory_fraction: float = 1.0
 
   @classmethod
   def from_json(cls, tree: dict[str, Any]) -> 'Report':
@@ -107,7 +110,7 @@ class Report:
   @property
   def memory(self) -> float:
     """Bytes of memory that a device has for programs."""
-    return self.machine.chip.memory
+    return self.memory_fraction * self.machine.chip.memory
 
   def seconds(self) -> dict[str, float]:
     """Returns how long each resource is busy in a step, at its peak rate."""
@@ -139,8 +142,8 @@ class Report:
 
   def verdict(self) -> str:
     """Says whether it fits, and if not by how much and what to change."""
-    room = self.memory - self.peak_bytes
     if self.fits:
+      room = self.memory - self.peak_bytes
       return (
         f'fits: {readable(self.peak_bytes)} of {readable(self.memory)} per device, '
         f'{readable(room)} to spare'
@@ -157,7 +160,11 @@ class Report:
         "'nothing_saveable'), cut the batch (--set accumulate=..., "
         'batch_size=...) or share it out (--mesh)'
       )
-    return f'does not fit: {readable(-room)} too much per device; {advice}'
+    too_much = 'the compiler does not say by how much'
+    if self.peak_bytes is not None:
+      over = self.peak_bytes - self.memory
+      too_much = f'{readable(over)} too much per device'
+    return f'does not fit: {too_much}; {advice}'
 
 
 def table(report: Report) -> str:
@@ -186,12 +193,19 @@ def table(report: Report) -> str:
 
 
 def _warned(report):
-  if not report.copied_whole:
-    return []
-  return [
-    f'the compiler copied {report.copied_whole} arrays to all devices for want '
-    'of a better way ("involuntary full rematerialization"): try another mesh.'
-  ]
+  lines = []
+  if report.memory_fraction < 1:
+    lines.append(
+      f'JAX gives programs {report.memory_fraction:.0%} of the memory of a GPU; '
+      'XLA_CLIENT_MEM_FRACTION changes that, here and there.'
+    )
+  if report.copied_whole:
+    lines.append(
+      f'the compiler copied {report.copied_whole} arrays to all devices for want '
+      'of a better way ("involuntary full rematerialization"): try another '
+      'mesh.'
+    )
+  return lines
 
 
 def _listed(title, parts):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import math
 import types
 
 from jaxformers.aot.hardware import Topology
@@ -22,9 +23,9 @@ def candidates(
 ) -> Iterator[Experiment]:
   """Yields the experiment with other meshes and recomputation.
 
-  Meshes share the devices of a slice out between `fsdp` and `tensor`, and
-  rows of the batch must divide by what is left for them. Of `data` there is
-  as much as there are rows that `fsdp` up to the whole slice does not take.
+  Meshes share the devices of a slice out between `data`, `fsdp` and `tensor`,
+  and the first two cut the batch, which must divide. Sequences are cut only
+  where that is fixed.
 
   Args:
     experiment: what is to fit.
@@ -32,7 +33,10 @@ def candidates(
     most_tensor: how far heads and hidden units are cut at most.
     fixed: sizes of axes that are not searched.
   """
-  per_slice = topology.devices // topology.slices
+  sequence = fixed.get('sequence', 1)
+  per_slice, rest = divmod(topology.devices, topology.slices * sequence)
+  if rest:
+    return
   for tensor in _powers(min(most_tensor, per_slice)):
     left = per_slice // tensor
     if per_slice % tensor:
@@ -42,7 +46,11 @@ def candidates(
       if left % data or experiment.batch_size % rows:
         continue
       mesh = MeshShape(
-        data=data, fsdp=left // data, tensor=tensor, dcn=topology.slices
+        data=data,
+        fsdp=left // data,
+        tensor=tensor,
+        sequence=sequence,
+        dcn=topology.slices,
       )
       if any(getattr(mesh, axis) != size for axis, size in fixed.items()):
         continue
@@ -90,6 +98,6 @@ def ranking(reports: Sequence[Report]) -> list[Report]:
     if report.fits:
       estimate = report.estimate()
       return 0, estimate['step_seconds_without_overlap']
-    return 1, report.peak_bytes
+    return 1, math.inf if report.peak_bytes is None else report.peak_bytes
 
   return sorted(reports, key=order)

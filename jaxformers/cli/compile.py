@@ -1,6 +1,7 @@
 """`jaxformers compile`: see whether a step fits a machine that is not here."""
 
 import argparse
+from collections.abc import Mapping
 import dataclasses
 import json
 import os
@@ -11,6 +12,8 @@ import tempfile
 from typing import Any
 
 from jaxformers.cli import experiment_file
+from jaxformers.cli import mesh_argument
+from jaxformers.cli import values
 from jaxformers.cli.train import add_settings
 from jaxformers.cli.train import experiment_from
 
@@ -36,8 +39,6 @@ axis), N* before it for N slices; h100:SLICESxHOSTSxDEVICES. TPUs need
 `pip install 'jaxformers[tpu]'`, GPUs `pip install 'jaxformers[gpu-aot]'`.
 """
 
-_AXES = 'data', 'fsdp', 'tensor', 'sequence', 'dcn'
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
   """Declares the arguments.
@@ -57,12 +58,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     required=True,
     help='the machine, such as v5e:16x16',
   )
-  parser.add_argument(
-    '--mesh',
-    metavar='AXIS=N,...',
-    help='devices along each axis of the mesh, such as data=64,tensor=4; axes'
-    ' that are not named have 1, or any number with --search (default: the mesh'
-    ' of the experiment)',
+  mesh_argument.add(
+    parser, '1, or any number with --search', 'the mesh of the experiment'
   )
   parser.add_argument(
     '--step',
@@ -85,6 +82,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     '--fast',
     action='store_true',
     help='optimise less: several times faster, and the memory hardly differs',
+  )
+  parser.add_argument(
+    '--timeout',
+    metavar='SECONDS',
+    type=values.whole_number(1),
+    default=3600,
+    help='how long the compiler may take for a step (default: %(default)s)',
   )
   parser.add_argument(
     '--json',
@@ -117,30 +121,10 @@ def run(arguments: argparse.Namespace) -> None:
   if arguments.search:
     reports = _search(arguments, topology, variables)
   else:
-    reports = [_apart(arguments, variables, _mesh_words(arguments.mesh))]
+    mesh = mesh_argument.shape(arguments.mesh)
+    extra = [] if mesh is None else [f'mesh={mesh!r}']
+    reports = [_apart(arguments, variables, extra)]
   _show(reports, arguments)
-
-
-def _mesh_sizes(text: str | None) -> dict[str, int]:
-  """Reads `data=64,tensor=4`."""
-  sizes = {}
-  for word in filter(None, (text or '').split(',')):
-    axis, equals, size = word.partition('=')
-    if axis not in _AXES or not equals or not size.lstrip('-').isdigit():
-      raise ValueError(
-        f'--mesh {word!r}: write AXIS=NUMBER with an axis of {", ".join(_AXES)},'
-        ' such as data=64,tensor=4.'
-      )
-    sizes[axis] = int(size)
-  return sizes
-
-
-def _mesh_words(text: str | None) -> list[str]:
-  """Returns settings of the experiment's mesh."""
-  if text is None:
-    return []
-  sizes = dict.fromkeys(_AXES, 1) | _mesh_sizes(text)
-  return [f'mesh.{axis}={size}' for axis, size in sizes.items()]
 
 
 def _apart(
@@ -161,9 +145,7 @@ def _apart(
     )
     words += [w for s in (*arguments.settings, *extra) for w in ('--set', s)]
     for _ in range(2):
-      done = subprocess.run(
-        words, env=os.environ | variables, capture_output=True, text=True
-      )
+      done = _finished(words, os.environ | variables, arguments.timeout)
       if done.returncode >= 0:
         break
     if done.returncode < 0:
@@ -179,25 +161,52 @@ def _apart(
   return dataclasses.replace(report, copied_whole=copied)
 
 
+def _finished(
+  words: list[str], environment: Mapping[str, str], seconds: float
+) -> subprocess.CompletedProcess[str]:
+  """Runs a process to its end, which must come in time."""
+  from jaxformers.train.errors import RunFailed
+
+  try:
+    return subprocess.run(
+      words,
+      env=environment,
+      capture_output=True,
+      text=True,
+      timeout=seconds,
+    )
+  except subprocess.TimeoutExpired:
+    raise RunFailed(
+      f'the compiler did not finish in {seconds} seconds; give it more with '
+      '--timeout, or less to do with --fast.'
+    ) from None
+
+
 def _search(
   arguments: argparse.Namespace, topology: Any, variables: dict[str, str]
 ) -> list[Any]:
-  """Compiles all candidates, saying how each did, and returns them ranked."""
+  """Compiles all candidates, saying how each did, and returns them ranked.
+
+  Those that cannot be compiled are said again in the end.
+  """
   from jaxformers.aot.search import candidates
   from jaxformers.aot.search import has_remat
   from jaxformers.aot.search import ranking
   from jaxformers.aot.search import remat_of
+  from jaxformers.train.errors import RunFailed
 
   experiment = experiment_from(arguments)
-  fixed = {k: n for k, n in _mesh_sizes(arguments.mesh).items() if n > 0}
+  fixed = {
+    k: n for k, n in mesh_argument.sizes(arguments.mesh).items() if n > 0
+  }
   tried = list(candidates(experiment, topology, fixed=fixed))
   if not tried:
     raise ValueError(
-      f'batch_size {experiment.batch_size} does not divide among the devices '
-      f'of {topology.name} on any mesh'
-      f'{" with " + arguments.mesh if fixed else ""}; change it.'
+      f'no mesh{" with " + arguments.mesh if fixed else ""} divides the devices '
+      f'of {topology.name} and batch_size {experiment.batch_size} among them; '
+      'change one of these.'
     )
-  reports = []
+  reports, failed = [], []
   for number, candidate in enumerate(tried, 1):
     mesh, remat = candidate.mesh, remat_of(candidate)
     last = reports[-1] if reports else None
@@ -208,14 +217,17 @@ def _search(
       extra.append(f'model.stack.remat={remat!r}')
     try:
       report = _apart(arguments, variables, extra)
-    except ValueError as error:
-      print(f'{number}/{len(tried)} {mesh} remat={remat}: {error}')
+    except (RunFailed, ValueError) as error:
+      first, *rest = str(error).strip().splitlines()
+      reason = ' '.join((first, *rest[-1:]))[:300]
+      failed.append(f'{mesh} remat={remat}: failed: {reason}')
+      print(f'{number}/{len(tried)} {failed[-1]}', flush=True)
       continue
     reports.append(report)
     print(f'{number}/{len(tried)} {_line(report)}', flush=True)
   if not reports:
-    raise ValueError('no mesh could be compiled; the reasons are above.')
-  print()
+    raise RunFailed('no mesh could be compiled; the reasons are above.')
+  print('', *failed, sep='\n')
   return ranking(reports)
 
 

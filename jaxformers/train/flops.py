@@ -12,6 +12,12 @@ from typing import Any
 import jax
 from jax.interpreters import partial_eval
 
+from jaxformers.train.experiment import Experiment
+from jaxformers.train.objective import Batch
+from jaxformers.train.state import TrainState
+from jaxformers.train.step import evaluate_step_of
+from jaxformers.train.step import train_step_of
+
 _TERA = 1e12
 
 # Dense bfloat16 multiply-adds, two operations each, without structured
@@ -78,6 +84,29 @@ def matmul_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
   jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
   live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
   return sum(map(_flops, live.eqns))
+
+
+def model_flops(experiment: Experiment, state: TrainState, batch: Batch) -> int:
+  """Counts the operations that a model needs to learn from a batch.
+
+  Three times those of its forward pass, since the gradient of a product is two
+  products; or those of the train step if they are fewer, as where parameters
+  are frozen. What is computed again to save memory or to cut sequences does not
+  count, nor what a method computes beyond the gradient.
+
+  Args:
+    experiment: the run.
+    state: arrays or their shapes.
+    batch: arrays or their shapes.
+
+  Returns:
+    Floating-point operations of one step, over all devices.
+  """
+  step, forward = (
+    matmul_flops(jax.make_jaxpr(function)(state, batch))
+    for function in (train_step_of(experiment), evaluate_step_of(experiment))
+  )
+  return min(step, 3 * forward)
 
 
 def _flops(eqn: Any) -> int:

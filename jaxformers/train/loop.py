@@ -25,7 +25,7 @@ from jaxformers.train.errors import RunFailed
 from jaxformers.train.evaluation import evaluate
 from jaxformers.train.experiment import Experiment
 from jaxformers.train.figure import plot_loss
-from jaxformers.train.flops import matmul_flops
+from jaxformers.train.flops import model_flops
 from jaxformers.train.flops import peak_flops
 from jaxformers.train.frozen import with_frozen
 from jaxformers.train.frozen import without_frozen
@@ -237,12 +237,14 @@ def _meter(program: Program) -> dict[str, Any]:
   """Returns what the progress display needs to know of the work."""
   experiment = program.experiment
   batch = abstract_batch(experiment, program.mesh)
-  jaxpr = jax.make_jaxpr(program.train_step)(program.abstract_state, batch)
   peak = peak_flops(jax.devices()[0])
+  flops = None
+  if peak is not None:
+    flops = model_flops(experiment, program.abstract_state, batch)
   return {
     'total_steps': experiment.steps,
     'tokens_per_step': next(iter(batch.values())).size,
-    'flops_per_step': matmul_flops(jaxpr.jaxpr),
+    'flops_per_step': flops,
     'peak_flops': peak and peak * program.mesh.size,
   }
 

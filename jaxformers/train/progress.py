@@ -80,7 +80,8 @@ class Progress:
     total_steps: the last step of the run.
     first_step: how many steps were done before this process began.
     tokens_per_step: tokens of one global batch.
-    flops_per_step: operations of one step on all devices, if known.
+    flops_per_step: operations that the model needs for a step, over all
+      devices, if known; see `flops.model_flops`.
     peak_flops: what all devices together can do in a second, if known.
     output: where to show it; standard output if None. Process 0 alone shows
       anything.
@@ -120,7 +121,8 @@ class Progress:
     """Speed over the last seconds; empty until two steps are done.
 
     `steps_per_second`, `tokens_per_second` and, where the peak is known,
-    `mfu`: the fraction of the peak that the model's operations make up.
+    `mfu`: the fraction of the peak that the operations which the model needs
+    make up, recomputation not among them.
     """
     speed = self._meter.steps_per_second
     if speed is None:

@@ -100,6 +100,8 @@ def test_sizes_are_read_from_shapes():
   ('groups', 'expected'),
   [
     ('replica_groups={{0,2},{1,3}}, ', [0, 2]),
+    ('replica_groups={}, ', list(range(8))),
+    ('dimensions={0}', list(range(8))),
     ('replica_groups=[2,4]<=[8], ', [0, 1, 2, 3]),
     ('replica_groups=[4,2]<=[2,4]T(1,0), ', [0, 4]),
     ("replica_groups=mesh['a'=2,'b'=4] {'b'}, ", [0, 1, 2, 3]),
@@ -112,7 +114,7 @@ def test_sizes_are_read_from_shapes():
   ],
 )
 def test_groups_are_read_in_all_their_notations(groups, expected):
-  assert _members(groups) == expected
+  assert _members(groups, 8) == expected
 
 
 def test_a_text_that_is_no_program_is_refused():
@@ -151,3 +153,25 @@ is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type=\
   [found] = Module(text).collectives(island=4, islands=4)
   assert (found.kind, found.bytes, found.crosses) == ('all-reduce', 32, True)
   assert found.sent == 2 * 32 * 3 / 4
+
+
+def test_groups_that_are_not_named_are_all_devices():
+  text = """HloModule m, num_partitions=4
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %all = f32[8]{0} all-reduce(%p), channel_id=1, replica_groups={}, \
+to_apply=%add
+  %ragged = f32[8]{0} ragged-all-to-all(%p, %p, %p, %p, %p, %p), \
+channel_id=2, replica_groups={}
+  %copies = f32[8]{0} all-reduce(%p), replica_groups={}, to_apply=%add
+}
+"""
+  every, ragged = Module(text).collectives(island=2, islands=2)
+  assert (every.kind, every.group, every.crosses) == ('all-reduce', 4, True)
+  assert (ragged.kind, ragged.sent) == ('ragged-all-to-all', 32 * 3 / 4)
+
+
+def test_groups_in_an_unknown_notation_are_refused():
+  with pytest.raises(ValueError, match='cannot read the groups .*=new'):
+    _members('replica_groups=new[2]', 8)

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from jaxformers.aot import ranking
 from jaxformers.aot import table
 from jaxformers.aot.compile import _exhausted
 from jaxformers.aot.compile import environment
+from jaxformers.aot.hardware import memory_fraction
 from jaxformers.aot.report import Part
 from jaxformers.aot.report import Traffic
 from jaxformers.cli import compile as compiling
@@ -100,7 +103,7 @@ def test_the_compiler_is_understood_when_memory_runs_out():
     '     Shape: bf16[24,4,4096,2048]{3,2,1,0:T(8,128)(2,1)}\n'
     '     Unpadded size: 1.50G\n'
   )
-  found = _exhausted(message, Topology.parse('v5e:2x2'))
+  found = _exhausted(message)
   assert found['peak_bytes'] == 24.01 * 2**30
   [part] = found['buffers']
   assert part == Part('bf16[24,4,4096,2048] dot_general', 1.5 * 2**30)
@@ -112,15 +115,42 @@ def test_a_compiler_that_names_no_arrays_is_helped():
     'for HLO temporaries (727.35G) exceeds available HBM (15.75G).'
   )
   program = jax.make_jaxpr(lambda x: jnp.sum(jax.lax.map(jnp.sin, x)))
-  found = _exhausted(
-    message, Topology.parse('v5e:2x2'), program(jnp.ones((4, 8)))
-  )
+  found = _exhausted(message, program(jnp.ones((4, 8))))
   assert found['peak_bytes'] == 727.35 * 2**30
   kept = (Part('params in all', 2**30),)
-  more = _exhausted(message, Topology.parse('v5e:2x2'), None, kept)
+  more = _exhausted(message, None, kept)
   assert more['peak_bytes'] == 728.35 * 2**30
   assert found['buffers'][0] == Part('float32[4,8] scan, over all devices', 128)
   assert found['buffers'][1] == Part('float32[8] sin, over all devices', 32)
+
+
+def test_how_much_is_too_much_may_be_unknown():
+  found = _exhausted('RESOURCE_EXHAUSTED: too large')
+  full = dataclasses.replace(REPORT, **found)
+  assert full.verdict().startswith(
+    'does not fit: the compiler does not say by how much; '
+  )
+  more = dataclasses.replace(full, peak_bytes=2.0**40)
+  assert ranking([full, more, REPORT]) == [REPORT, more, full]
+  assert Report.from_json(json.loads(json.dumps(full.to_json()))) == full
+
+
+def test_programs_get_a_part_of_the_memory_of_a_gpu():
+  gpu, tpu = CHIPS['h100'], CHIPS['v5e']
+  given = {'XLA_CLIENT_MEM_FRACTION': '.9'}
+  former = {'XLA_PYTHON_CLIENT_MEM_FRACTION': '1.0'}
+  found = [memory_fraction(gpu, words) for words in ({}, given, former)]
+  assert found == [0.75, 0.9, 1.0]
+  assert memory_fraction(tpu, given) == 1
+  for text in ('0.0', '1.5', 'most'):
+    with pytest.raises(ValueError, match='above 0 and at most 1, got'):
+      memory_fraction(gpu, {'XLA_CLIENT_MEM_FRACTION': text})
+  report = dataclasses.replace(
+    REPORT, topology='h100:1x1x8', memory_fraction=0.75
+  )
+  assert report.memory == 0.75 * 84929347584
+  assert '4.00 GiB of 59.32 GiB' in report.verdict()
+  assert '75% of the memory of a GPU; XLA_CLIENT_MEM' in table(report)
 
 
 def test_topologies_are_read_and_written():
@@ -152,7 +182,9 @@ def test_what_is_no_topology_is_refused(text, message):
 
 
 def test_a_compiler_that_is_missing_is_named(monkeypatch):
-  monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+  monkeypatch.setattr(sys, 'path', [])
+  for name in [n for n in sys.modules if n.startswith(('libtpu', 'jax_'))]:
+    monkeypatch.delitem(sys.modules, name)
   with pytest.raises(ImportError, match=r'jaxformers\[tpu\]'):
     environment(Topology.parse('v5e:2x2'))
   with pytest.raises(ImportError, match=r'jaxformers\[gpu-aot\]'):
@@ -179,6 +211,18 @@ def test_candidates_share_out_all_devices_and_rows():
   assert {(c.mesh.data, c.mesh.tensor, c.mesh.fsdp) for c in some} == {
     (1, 4, 2)
   }
+
+
+def test_sequences_are_cut_where_that_is_fixed_and_cut_no_rows():
+  experiment = Experiment(model=FeedForward(hidden=8), batch_size=8)
+  topology = Topology.parse('v5e:4x4')
+  assert all(c.mesh.tensor > 1 for c in candidates(experiment, topology))
+  fixed = {'sequence': 2, 'tensor': 1}
+  found = [c.mesh for c in candidates(experiment, topology, fixed=fixed)]
+  assert [(m.data, m.fsdp, m.sequence) for m in found] == [
+    (1, 8, 2), (2, 4, 2), (4, 2, 2), (8, 1, 2),
+  ]  # fmt: skip
+  assert not list(candidates(experiment, topology, fixed={'sequence': 3}))
 
 
 def test_a_model_without_a_stack_is_tried_on_meshes_alone():
@@ -236,3 +280,34 @@ def test_a_search_tries_no_policy_that_keeps_more_than_one_without_room(
   ]  # fmt: skip
   assert f'tensor=4 remat={most}: fits' in capsys.readouterr().out
   assert len(json.loads(out.read_text())) == len(tried)
+
+
+def test_a_search_goes_on_after_a_candidate_that_cannot_be_compiled(
+  monkeypatch, capsys
+):
+  outcomes = [-11, -11, 'time', 1]  # Signals are tried again.
+
+  def finished(words, **options):
+    assert options['timeout'] == 7
+    outcome = outcomes.pop(0) if outcomes else 0
+    if outcome == 'time':
+      raise subprocess.TimeoutExpired(words, 7)
+    if outcome == 0:
+      report = dataclasses.replace(REPORT, topology='v5e:2x2')
+      path = pathlib.Path(words[words.index('--worker') + 1])
+      path.write_text(json.dumps(report.to_json()))
+    return subprocess.CompletedProcess(words, outcome, '', 'a\nbroken')
+
+  monkeypatch.setattr(subprocess, 'run', finished)
+  monkeypatch.setattr('jaxformers.aot.compile.environment', lambda _: {})
+  words = ['compile', str(ROOT / 'experiments' / 'lm.py'), '--search']
+  words += ['--topology', 'v5e:2x2', '--mesh', 'data=1', '--timeout', '7']
+  assert main(words) == 0
+  out = capsys.readouterr().out
+  for reason in (
+    'failed: the compiler crashed twice (signal 11): broken',
+    'failed: the compiler did not finish in 7 seconds; give it more',
+    'failed: a broken',
+  ):
+    assert out.count(reason) == 2  # At once and in the end.
+  assert 'fits: 4.00 GiB' in out

@@ -9,8 +9,18 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 import pytest
 
+from jaxformers.nn import LoRA
+from jaxformers.ops import LowRank
+from jaxformers.train import MeshShape
+from jaxformers.train import loop
 from jaxformers.train.flops import matmul_flops
+from jaxformers.train.flops import model_flops
 from jaxformers.train.flops import peak_flops
+from jaxformers.train.program import abstract_batch
+from jaxformers.train.program import abstract_state
+from jaxformers.train.program import build
+from jaxformers.train.step import evaluate_step_of
+from jaxformers.train.step import train_step_of
 
 x_BD = jnp.ones((4, 8))
 w_DE = jnp.ones((8, 8))
@@ -117,6 +127,52 @@ def test_kernel_counts_its_grid():
     interpret=True,
   )
   assert count(product, x_BD, w_DE) == PRODUCT
+
+
+@pytest.fixture
+def count_steps(tiny):
+  """Counts of an experiment: its model, a train step, a forward pass."""
+
+  def counts(model):
+    experiment = tiny(model=model, mesh=MeshShape())
+    mesh = experiment.mesh.build(jax.devices()[:1])
+    state = abstract_state(experiment, mesh)
+    batch = abstract_batch(experiment, mesh)
+    steps = train_step_of(experiment), evaluate_step_of(experiment)
+    needed = model_flops(experiment, state, batch)
+    return needed, *(count(step, state, batch) for step in steps)
+
+  return counts
+
+
+def test_recomputation_is_no_work_of_the_model(tiny, count_steps):
+  model = tiny().model
+  plain = count_steps(model)
+  again = count_steps(
+    model.clone(stack=model.stack.clone(remat='nothing_saveable'))
+  )
+  assert plain[0] == again[0] == 3 * plain[2]
+  assert again[1] > plain[1] == plain[0]
+
+
+def test_the_utilisation_of_a_run_counts_what_its_model_needs(
+  tiny, count_steps, monkeypatch
+):
+  experiment = tiny()
+  program = build(experiment, experiment.data.prepare())
+  assert loop._meter(program)['flops_per_step'] is None  # Of no use on CPUs.
+  monkeypatch.setattr(loop, 'peak_flops', lambda device: 1e12)
+  meter = loop._meter(program)
+  assert meter['flops_per_step'] == count_steps(experiment.model)[0]
+  assert meter['peak_flops'] == 8e12
+
+
+def test_gradients_that_are_not_taken_are_no_work_of_the_model(
+  tiny, count_steps
+):
+  adapters = LoRA(tiny().model, LowRank(('query',), rank=1))
+  needed, step, forward = count_steps(adapters)
+  assert needed == step < 2.5 * forward
 
 
 @pytest.mark.parametrize(
