@@ -53,8 +53,9 @@ address=${address:-${hosts[0]#*@}}
 # The command of one process, as its host shall run it.
 remote() {
   local index=$1 && shift
-  local words=(-m jaxformers train "$@" --coordinator "$address:$port"
-    --processes "${#hosts[@]}" --process "$index" --left-status 75)
+  local words=(-m jaxformers train --compile-cache build/programs "$@"
+    --coordinator "$address:$port" --processes "${#hosts[@]}"
+    --process "$index" --left-status 75)
   echo "cd ${directory@Q} && exec ${python@Q} ${words[*]@Q}"
 }
 

@@ -61,6 +61,11 @@ done
 if ((${#spot[@]})) && [[ ! $nfs ]]; then
   die 'the disk of a spot machine goes with it: give --nfs HOST:/PATH.'
 fi
+# What is sent there is what git knows of.
+if [[ $1 == /* ]] || ! git ls-files --error-unmatch -- "$1" &>/dev/null; then
+  die "$1 would be missing on the machine, which gets what git tracks here: \
+name a file of this checkout, and run 'git add' on it."
+fi
 if [[ ! $runtime ]]; then
   case $type in
     v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
@@ -73,7 +78,8 @@ fi
 where=(--zone="$zone" "${project[@]}")
 vm=(gcloud compute tpus tpu-vm)
 queue=(gcloud compute tpus queued-resources)
-if [[ $nfs ]]; then workdir=/mnt/runs/$name; else workdir=/var/tmp/runs/$name; fi
+if [[ $nfs ]]; then runs=/mnt/runs; else runs=/var/tmp/runs; fi
+workdir=$runs/$name
 
 # Prints a command, and runs it unless this is a dry run.
 run() {
@@ -133,7 +139,8 @@ sudo chmod 1777 /mnt/runs"
 
 # The processes find each other by themselves on Cloud TPU.
 train() {
-  local words=(train "$@" --workdir "$workdir" --left-status 75)
+  local words=(train --compile-cache "$runs/.programs" "$@"
+    --workdir "$workdir" --left-status 75)
   on_all "cd jaxformers && exec ~/venv/bin/python -m jaxformers ${words[*]@Q}"
 }
 

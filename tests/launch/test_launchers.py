@@ -172,7 +172,8 @@ def test_the_command_for_a_tpu_arrives_as_it_was_typed(cloud, tmp_path):
     ['bash', '-c', train], cwd=tmp_path, env=there, capture_output=True
   )
   assert done.stdout.decode().splitlines() == [
-    *('-m', 'jaxformers', 'train', 'lm.py', '--set', 'mesh=MeshShape(fsdp=-1)'),
+    *('-m', 'jaxformers', 'train', '--compile-cache', '/mnt/runs/.programs'),
+    *('lm.py', '--set', 'mesh=MeshShape(fsdp=-1)'),
     *('--workdir', '/mnt/runs/lm', '--left-status', '75'),
   ]
 
@@ -225,7 +226,8 @@ def test_results_come_home_where_there_is_no_share(cloud):
     *(*where, '--worker=0'),
   ]
   assert kinds(cloud.calls)[-1] == 'delete'
-  assert '--runtime-version=v2-alpha-tpuv6e' in cloud.calls[0]
+  assert '--runtime-version=v2-alpha-tpuv6e' in cloud.calls[1]
+  assert cloud.calls[0][:2] == ['git', 'ls-files']
 
 
 def test_a_machine_that_is_reused_is_left_there(cloud):
@@ -258,6 +260,24 @@ def test_tpu_options_that_do_not_go_together_are_refused(tools, words, message):
   status, _, err = tools.add('gcloud').run('tpu_vm.sh', *words)
   assert status == 2
   assert message in err
+  assert tools.calls == []
+
+
+@pytest.mark.parametrize('file', ['new.py', 'gone.py', '/tmp/lm.py'])
+def test_a_file_that_would_not_reach_the_machine_is_refused_before(
+  tools, tmp_path, file
+):
+  subprocess.run(['git', 'init', '--quiet'], cwd=tmp_path, check=True)
+  for name in ('lm.py', 'new.py'):
+    (tmp_path / name).touch()
+  subprocess.run(['git', 'add', 'lm.py'], cwd=tmp_path, check=True)
+  words = ['--dry-run', '--name', 'lm', '--zone', 'z', '--type', 'v6e-8', '--']
+  tools.add('gcloud')
+  assert tools.run('tpu_vm.sh', *words, 'lm.py')[0] == 0
+  status, _, err = tools.run('tpu_vm.sh', *words[1:], file)
+  assert status == 2
+  assert f'{file} would be missing on the machine' in err
+  assert "run 'git add' on it" in err
   assert tools.calls == []
 
 
@@ -296,7 +316,8 @@ def test_every_host_gets_its_number_and_the_address_of_the_first(hosts):
     out = subprocess.run(['bash', '-c', words], capture_output=True, text=True)
     arrived.append(out.stdout.splitlines())
     assert arrived[-1] == [
-      *('-m', 'jaxformers', 'train', 'lm.py', '--workdir', '/shared/lm'),
+      *('-m', 'jaxformers', 'train', '--compile-cache', 'build/programs'),
+      *('lm.py', '--workdir', '/shared/lm'),
       *('--set', 'mesh=MeshShape(fsdp=-1)', '--coordinator', 'a:7777'),
       *('--processes', '2', '--process', str(index), '--left-status', '75'),
     ]
@@ -344,8 +365,8 @@ def test_slurm_runs_one_process_per_node_and_stops_on_success(tools):
   assert tools.calls == [
     [
       *('srun', '--kill-on-bad-exit=0', '--wait=300'),
-      *('py', '-m', 'jaxformers', 'train', 'lm.py', '--set'),
-      *('mesh=MeshShape(fsdp=-1)', '--left-status', '75'),
+      *('py', '-m', 'jaxformers', 'train', '--compile-cache', 'build/programs'),
+      *('lm.py', '--set', 'mesh=MeshShape(fsdp=-1)', '--left-status', '75'),
     ]
   ]
 
@@ -372,12 +393,12 @@ def test_slurm_queues_a_job_again_if_that_may_help(
   ],
 )
 def test_a_dry_run_shows_commands_and_runs_none(tools, script, words, expected):
-  tools.add('gcloud', 'ssh', 'srun', 'scontrol')
+  tools.add('gcloud', 'git', 'ssh', 'srun', 'scontrol')
   status, _, err = tools.run(script, *words)
   assert status == 0, err
   assert any(x.startswith('+ ') and expected in x for x in err.splitlines())
   assert 'jaxformers' in err
-  assert tools.calls == []
+  assert {tuple(call[:2]) for call in tools.calls} <= {('git', 'ls-files')}
 
 
 # Kubernetes, containers and SkyPilot.
@@ -421,7 +442,7 @@ def test_a_jobset_starts_all_again_unless_that_would_not_help(jobset):
   assert rule['onExitCodes']['containerName'] == container['name']
   assert container['command'][-1] == (
     'exec python -m jaxformers train experiments/lm.py --workdir /runs/lm '
-    '--left-status 75 --set batch_size=64'
+    '--compile-cache /runs/.programs --left-status 75 --set batch_size=64'
   )
   assert container['resources'] == {'limits': {'google.com/tpu': 4}}
   claims = {v['name']: v['persistentVolumeClaim'] for v in pod['volumes']}
@@ -430,7 +451,8 @@ def test_a_jobset_starts_all_again_unless_that_would_not_help(jobset):
 
 
 def test_the_jobs_of_a_jobset_are_valid(jobset):
-  validate = pytest.importorskip('kubernetes_validate').validate
+  from kubernetes_validate import validate
+
   (job,) = jobset['spec']['replicatedJobs']
   whole = {'apiVersion': 'batch/v1', 'kind': 'Job', **job['template']}
   validate(whole | {'metadata': {'name': 'lm'}}, '1.33', strict=True)
@@ -463,7 +485,8 @@ def test_skypilot_tells_every_node_its_number(tmp_path):
   )
   assert done.stdout.split() == [
     *('-m', 'jaxformers', 'train', 'experiments/lm.py', '--workdir'),
-    *('/runs/lm', '--coordinator', '10.0.0.1:7777', '--processes', '2'),
+    *('/runs/lm', '--compile-cache', '/runs/.programs'),
+    *('--coordinator', '10.0.0.1:7777', '--processes', '2'),
     *('--process', '1', '--left-status', '75'),
   ]
   assert '/runs' in task['volumes']
