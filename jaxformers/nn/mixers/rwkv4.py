@@ -75,7 +75,7 @@ class RWKV4(nn.Module):
   layer: int = 0
   layers: int = 1
   initializer: Initializer = VarianceScaling()
-  method: WKVMethod = 'fused'
+  method: WKVMethod = 'auto'
   chunk: int | None = None
 
   @property

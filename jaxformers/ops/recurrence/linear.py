@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxformers.ops.recurrence import steps
 from jaxformers.ops.recurrence.devices import last_of_all
+from jaxformers.ops.recurrence.platform import by_platform
 from jaxformers.ops.recurrence.varying import varying_alike
 
 CHUNK = 128
@@ -122,8 +123,10 @@ def fastest_method(platform: str) -> LinearMethod:
 def check_decay(decay: Inexact[Array, '...'], tolerance: float = 1e-6) -> None:
   """Raises unless no decay is larger than 1, so that states stay bounded.
 
-  For decays at hand, such as those made from parameters; within `jax.jit` there
-  are no numbers yet to look at.
+  For decays at hand, such as those made from parameters, exponentials of
+  logarithms, or `rtf_poles`; within `jax.jit` there are no numbers yet to look
+  at. What layers of a model make of their parameters is in
+  `jaxformers.diagnostics.decay_report`.
 
   Source: none; sums of geometric series.
 
@@ -224,15 +227,13 @@ def _recurrence_jvp(plan, primals, tangents):
 
 def _for_platform(plan, function, *arrays):
   """Applies a function of a plan and arrays by the fastest method."""
-  if plan.method != 'auto':
-    return function(plan, *arrays)
 
-  def by(platform):
-    method = fastest_method(platform)
+  def by(method):
     size = 1 if method == 'sequential' else plan.size
     return functools.partial(function, plan._replace(method=method, size=size))
 
-  return jax.lax.platform_dependent(*arrays, cpu=by('cpu'), default=by('tpu'))
+  methods = {'cpu': fastest_method('cpu'), 'elsewhere': fastest_method('tpu')}
+  return by_platform(plan.method, by, *arrays, **methods)
 
 
 def _plan(method, chunk, length, reverse, axis):

@@ -3,7 +3,6 @@
 import functools
 from typing import Literal, NamedTuple, get_args
 
-import jax
 from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Float
@@ -13,6 +12,7 @@ from jaxformers.ops.recurrence import outer_chunks
 from jaxformers.ops.recurrence.devices import entering
 from jaxformers.ops.recurrence.devices import last_of_all
 from jaxformers.ops.recurrence.outer_chunks import Steps
+from jaxformers.ops.recurrence.platform import by_platform
 from jaxformers.ops.recurrence.varying import varying_alike
 
 Method = Literal['auto', 'chunked', 'parallel_chunks', 'recurrent', 'parallel']
@@ -64,7 +64,8 @@ def outer_recurrence(
   much it leaves of the state before it. All get these of all, in two gathers as
   small as states, and find the state before their own share.
 
-  Sums run in float32, or float64 for float64 inputs. Exponents are sums that are
+  Sums run in float32, or float64 for float64 inputs, and so do products, unless
+  queries, keys or values have fewer bits themselves. Exponents are sums that are
   never positive, so nothing overflows or cancels, however long the sequence and
   however small the decays.
 
@@ -148,12 +149,9 @@ def _run(method, chunk, before, state, steps):
     size = _chunk_length(method, chunk, steps)
     return functools.partial(RUNS[method], before, size)
 
-  state, steps = varying_alike((state, steps))
-  if method != 'auto':
-    return by(method)(state, steps)
-  return jax.lax.platform_dependent(
-    state, steps, cpu=by('chunked'), default=by('parallel_chunks')
-  )
+  arrays = varying_alike((state, steps))
+  methods = {'cpu': 'chunked', 'elsewhere': 'parallel_chunks'}
+  return by_platform(method, by, *arrays, **methods)
 
 
 def _entering(axis_name, initial_BHKV, steps):
@@ -168,7 +166,8 @@ def _own(query, key, value, bonus_HK):
   """Returns what steps read of themselves by the bonus."""
   repeats = value.shape[2] // query.shape[2]
   product_BLHK = jnp.repeat(query * key, repeats, axis=2)
-  return jnp.einsum('BLHK,HK->BLH', product_BLHK, bonus_HK)[..., None] * value
+  own_BLH = jnp.sum(product_BLHK * bonus_HK, axis=-1)
+  return own_BLH[..., None] * value
 
 
 def _zero_state(key, value, dtype):

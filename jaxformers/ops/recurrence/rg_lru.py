@@ -1,6 +1,7 @@
 """A recurrence per channel whose gates decide what it keeps."""
 
-from typing import NamedTuple
+import functools
+from typing import Literal, NamedTuple, get_args
 
 import jax
 from jax import Array
@@ -11,11 +12,15 @@ from jaxformers.ops.recurrence.chunks import scan_chunks
 from jaxformers.ops.recurrence.devices import entering
 from jaxformers.ops.recurrence.devices import last_of_all
 from jaxformers.ops.recurrence.devices import positions
+from jaxformers.ops.recurrence.linear import linear_recurrence
+from jaxformers.ops.recurrence.platform import by_platform
 from jaxformers.ops.recurrence.varying import varying_alike
 from jaxformers.ops.segments import Places
 
 STEEPEST = 1000.0
 """Largest derivative of a square root in the backward pass."""
+
+RGLRUMethod = Literal['auto', 'fused', 'chunked', 'associative']
 
 
 class GatedRecurred(NamedTuple):
@@ -39,6 +44,7 @@ def rg_lru(
   *,
   places: Places | None = None,
   sharpness: float = 8.0,
+  method: RGLRUMethod = 'auto',
   chunk: int | None = None,
   axis_name: str | None = None,
 ) -> GatedRecurred:
@@ -51,8 +57,12 @@ def rg_lru(
   the first token of a segment a is 0. `1 - a^2` is computed as `-expm1(2 log
   a)`, and the derivative of its root, infinite at a = 1, is cut at `STEEPEST`.
 
-  Gates are applied chunk by chunk, and again in the backward pass, which keeps
-  only inputs and states between chunks. Sums run in at least float32.
+  All methods compute the same. `'fused'` goes token by token, applies the gates
+  chunk by chunk, and again in the backward pass, which keeps only inputs and
+  states between chunks. `'chunked'` and `'associative'` apply the gates to all
+  tokens at once and are those methods of `linear_recurrence`, which keeps decays
+  and states. `'auto'` is `'fused'` on CPUs and `'chunked'` elsewhere: of the
+  platform that the program is compiled for. Sums run in at least float32.
 
   Source: De et al., "Griffin", 2024, arXiv 2402.19427, equations 1 to 4, and
   appendix A; the cut of the derivative as in the authors' code,
@@ -67,13 +77,15 @@ def rg_lru(
     places: where the tokens stand; padding leaves the state alone, whatever it
       holds. None for one segment, which begins here if there is no state.
     sharpness: c of the paper.
-    chunk: tokens per chunk; None for 64.
+    method: see above.
+    chunk: tokens per chunk; None for 64 if fused, else as `linear_recurrence`.
     axis_name: see `outer_recurrence`.
 
   Raises:
-    ValueError: if shapes do not fit.
+    ValueError: if shapes do not fit, or method or chunk make no sense.
   """
   _check(x_BLD, (input_gate_BLD, recurrence_gate_BLD), decay_D, initial_BD)
+  _check_method(method, chunk)
   batch, length, width = x_BLD.shape
   dtype = jnp.result_type(x_BLD, decay_D, jnp.float32)
   is_token_BL = jnp.ones((batch, length), bool)
@@ -90,25 +102,43 @@ def rg_lru(
     (initial_BD.astype(dtype), inputs, rate_D)
   )
 
-  def go(state_BD, inputs):
-    """Goes through a chunk, `[C, B, D]`."""
-    x, gate, recurrence, is_token, begins = inputs
-    is_token, begins = is_token[..., None], begins[..., None]
-    # Numbers at padding must not meet even a factor of 0.
-    x, gate, recurrence = (
-      jnp.where(is_token, z.astype(dtype), 0) for z in (x, gate, recurrence)
-    )
-    log_decay = rate_D * jax.nn.sigmoid(recurrence)
-    scale = jnp.where(begins, 1, _root(-jnp.expm1(2 * log_decay)))
-    decay = jnp.where(begins, 0, jnp.exp(log_decay))
-    write = scale * jax.nn.sigmoid(gate) * x
+  def by(method):
+    run = _in_turns if method == 'fused' else _at_once
+    return functools.partial(run, method, chunk, axis_name)
 
+  arrays = state_BD, rate_D, inputs
+  methods = {'cpu': 'fused', 'elsewhere': 'chunked'}
+  out_BLD, last_BD = by_platform(method, by, *arrays, **methods)
+  return GatedRecurred(out_BLD.astype(x_BLD.dtype), last_BD)
+
+
+def _gated(rate_D, inputs):
+  """Returns what tokens keep of the state, 1 at padding, and what they write."""
+  x, gate, recurrence, is_token, begins = inputs
+  is_token, begins = is_token[..., None], begins[..., None]
+  # Numbers at padding must not meet even a factor of 0.
+  x, gate, recurrence = (
+    jnp.where(is_token, z.astype(rate_D.dtype), 0)
+    for z in (x, gate, recurrence)
+  )
+  log_decay = rate_D * jax.nn.sigmoid(recurrence)
+  scale = jnp.where(begins, 1, _root(-jnp.expm1(2 * log_decay)))
+  decay = jnp.where(begins, 0, jnp.exp(log_decay))
+  write = scale * jax.nn.sigmoid(gate) * x
+  return jnp.where(is_token, decay, 1), write
+
+
+def _in_turns(method, chunk, axis_name, state_BD, rate_D, inputs):
+  """Goes from token to token, with the gates of a chunk at a time."""
+  del method
+
+  def go(state_BD, inputs):
     def step(state_BD, inputs):
       decay_BD, write_BD = inputs
       state_BD = decay_BD * state_BD + write_BD
       return state_BD, state_BD
 
-    return jax.lax.scan(step, state_BD, (jnp.where(is_token, decay, 1), write))
+    return jax.lax.scan(step, state_BD, _gated(rate_D, inputs))
 
   if axis_name is not None:
     nothing_BD = jnp.zeros_like(state_BD)
@@ -116,8 +146,14 @@ def rg_lru(
     kept_BD = _kept(rate_D, *inputs[2:])
     state_BD = entering(axis_name, kept_BD, written_BD, state_BD)
   last_BD, out_BLD = scan_chunks(go, state_BD, inputs, chunk)
-  last_BD = last_of_all(axis_name, last_BD)
-  return GatedRecurred(out_BLD.astype(x_BLD.dtype), last_BD)
+  return out_BLD, last_of_all(axis_name, last_BD)
+
+
+def _at_once(method, chunk, axis_name, state_BD, rate_D, inputs):
+  """Makes all decays and writes."""
+  decay_BLD, write_BLD = jax.checkpoint(_gated)(rate_D, inputs)
+  options = {'method': method, 'chunk': chunk, 'axis_name': axis_name}
+  return tuple(linear_recurrence(decay_BLD, write_BLD, state_BD, **options))
 
 
 def rg_lru_decay(decay_D: Float[Array, ' D']) -> Float[Array, ' D']:
@@ -169,4 +205,17 @@ def _check(x, gates, decay, initial):
   if initial is not None and initial.shape != (batch, width):
     raise ValueError(
       f'the initial state must be {[batch, width]}, got {list(initial.shape)}.'
+    )
+
+
+def _check_method(method, chunk):
+  if method not in get_args(RGLRUMethod):
+    raise ValueError(
+      f'unknown method {method!r}; choose one of '
+      f'{", ".join(get_args(RGLRUMethod))}.'
+    )
+  if chunk is not None and (chunk < 1 or method == 'associative'):
+    raise ValueError(
+      f'chunk={chunk} needs at least 1 token, and another method than '
+      f"'associative', got {method!r}."
     )

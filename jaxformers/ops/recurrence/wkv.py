@@ -11,13 +11,14 @@ from jaxtyping import Float
 from jaxformers.ops.recurrence.chunks import scan_chunks
 from jaxformers.ops.recurrence.devices import entering
 from jaxformers.ops.recurrence.devices import last_of_all
+from jaxformers.ops.recurrence.platform import by_platform
 from jaxformers.ops.recurrence.varying import varying_alike
 from jaxformers.ops.segments import Places
 
 NOTHING = -1e30
 """Logarithm of a weight of 0: finite, so that differences are numbers."""
 
-WKVMethod = Literal['fused', 'associative']
+WKVMethod = Literal['auto', 'fused', 'chunked', 'associative']
 
 
 class WKVState(NamedTuple):
@@ -71,7 +72,7 @@ def wkv(
   initial: WKVState | None = None,
   *,
   places: Places | None = None,
-  method: WKVMethod = 'fused',
+  method: WKVMethod = 'auto',
   chunk: int | None = None,
   axis_name: str | None = None,
 ) -> WKV:
@@ -83,9 +84,13 @@ def wkv(
   changes nothing. Sums are kept relative to their largest exponent, so that no
   key overflows.
 
-  `'fused'` goes token by token and keeps nothing but states between chunks for
-  the backward pass. `'associative'` is parallel over the sequence, and holds
-  several arrays of the size of its input.
+  All methods compute the same. `'fused'` goes token by token; `'chunked'` goes
+  from chunk to chunk and joins the tokens of one in a tree, which suits devices
+  on which a loop is slow. Both keep nothing but sums between chunks for the
+  backward pass. `'associative'` is a single tree, and holds several arrays of
+  the size of its input for each of its O(log L) levels. `'auto'` is `'fused'` on
+  CPUs and `'chunked'` elsewhere: of the platform that the program is compiled
+  for.
 
   Trap: numerator and denominator are plain linear recurrences, plus `(exp(w + u)
   - 1)` times the token's own term; code in the wild that adds another pair of
@@ -105,7 +110,7 @@ def wkv(
     places: where the tokens stand; sums begin anew with each segment, and
       padding, whatever it holds, leaves them alone. None for one segment.
     method: see above.
-    chunk: tokens per chunk, for `'fused'`; None for 64.
+    chunk: tokens per chunk; None for 64.
     axis_name: see `outer_recurrence`.
 
   Raises:
@@ -127,12 +132,12 @@ def wkv(
   inputs = key_BLD, value_BLD, is_token_BL, begins_BL
   gains = log_decay_D.astype(dtype), bonus_D.astype(dtype)
   state, inputs, gains = varying_alike((state, inputs, gains))
-  run = _in_turns if method == 'fused' else _in_parallel
-  run = functools.partial(run, inputs=inputs, gains=gains, chunk=chunk)
+  run = functools.partial(_run, method, chunk, inputs, gains)
   if axis_name is not None:
     nothing = varying_alike((wkv_state(batch, width, dtype), inputs))[0]
     written, _ = run(nothing)
-    fade_BD = is_token_BL.sum(axis=1)[:, None] * gains[0]
+    count_B1 = is_token_BL.sum(axis=1)[:, None]
+    fade_BD = jnp.where(count_B1 > 0, count_B1 * gains[0], 0)
     fade_BD = jnp.where(begins_BL.any(axis=1)[:, None], NOTHING, fade_BD)
     state = entering(axis_name, fade_BD, written, state, after=_after)
   last, out_BLD = run(state)
@@ -144,14 +149,26 @@ def _after(fade, written, state):
   return _sum(_faded(state, fade), written)
 
 
-def _in_turns(state, inputs, gains, chunk):
-  """Goes past one token after the other; keeps the sums between chunks."""
+def _run(method, chunk, inputs, gains, state):
+  """Goes from chunk to chunk; keeps the sums between them."""
 
-  def turn(state, inputs):
-    step = lambda state, token: _step(state, token, *gains)
-    return jax.lax.scan(step, state, inputs)
+  def by(method):
+    turn = _tree if method in ('chunked', 'associative') else _steps
+    size = inputs[0].shape[1] if method == 'associative' else chunk
 
-  return scan_chunks(turn, state, inputs, chunk)
+    def run(state, inputs, gains):
+      body = lambda state, chunk: turn(state, chunk, gains)
+      return scan_chunks(body, state, inputs, size)
+
+    return run
+
+  methods = {'cpu': 'fused', 'elsewhere': 'chunked'}
+  return by_platform(method, by, state, inputs, gains, **methods)
+
+
+def _steps(state, chunk, gains):
+  """Goes past one token after the other."""
+  return jax.lax.scan(lambda s, token: _step(s, token, *gains), state, chunk)
 
 
 def _step(state, token, log_decay_D, bonus_D):
@@ -168,35 +185,33 @@ def _step(state, token, log_decay_D, bonus_D):
   return after, _mean(before, own, bonus_D)
 
 
-def _in_parallel(initial, inputs, gains, chunk):
-  """Computes the sums after all tokens by a parallel scan."""
-  del chunk
+def _tree(start, chunk, gains):
+  """Computes the sums after all tokens `[C, B, D]` by a parallel scan."""
   log_decay_D, bonus_D = gains
-  key_BLD, value_BLD, is_token_BL, begins_BL = inputs
-  is_token, begins = is_token_BL[..., None], begins_BL[..., None]
-  key_BLD = key_BLD.astype(log_decay_D.dtype)
+  key, value, is_token, begins = chunk
+  is_token, begins = is_token[..., None], begins[..., None]
+  key = key.astype(log_decay_D.dtype)
   # Padding adds nothing and lets nothing fade; beginnings let all fade.
   own = WKVState(
-    value_BLD.astype(key_BLD.dtype),
-    jnp.broadcast_to(is_token.astype(key_BLD.dtype), key_BLD.shape),
-    jnp.where(is_token, key_BLD, NOTHING),
+    value.astype(key.dtype),
+    jnp.broadcast_to(is_token.astype(key.dtype), key.shape),
+    jnp.where(is_token, key, NOTHING),
   )
-  fade_BLD = jnp.where(begins, NOTHING, log_decay_D * is_token)
+  fade = jnp.where(is_token, log_decay_D, 0)
+  fade = jnp.where(begins, NOTHING, fade)
 
   def combine(first, second):
     sums = _sum(_faded(first[1], second[0]), second[1])
     return first[0] + second[0], sums
 
-  fade_BLD, sums = jax.lax.associative_scan(combine, (fade_BLD, own), axis=1)
-  start = jax.tree.map(lambda z: z[:, None], initial)
-  after = _sum(_faded(start, fade_BLD), sums)
+  fade, sums = jax.lax.associative_scan(combine, (fade, own))
+  after = _sum(_faded(start, fade), sums)
   before = jax.tree.map(
-    lambda z, s: jnp.concatenate([s, z[:, :-1]], axis=1), after, start
+    lambda z, s: jnp.concatenate([s[None], z[:-1]]), after, start
   )
   # The sums before a token are those after its predecessor, unless it begins.
-  peak_BLD = jnp.where(begins, NOTHING, before.peak_BD)
-  out_BLD = _mean(before._replace(peak_BD=peak_BLD), own, bonus_D)
-  return jax.tree.map(lambda z: z[:, -1], after), out_BLD
+  before = before._replace(peak_BD=jnp.where(begins, NOTHING, before.peak_BD))
+  return jax.tree.map(lambda z: z[-1], after), _mean(before, own, bonus_D)
 
 
 def _faded(state, log_decay):
@@ -237,10 +252,13 @@ def _check(key, value, gains, initial, method, chunk):
       f'initial sums must be {[batch, width]}, got '
       f'{[list(z.shape) for z in initial]}.'
     )
-  if method not in get_args(WKVMethod) or (
-    chunk is not None and method != 'fused'
-  ):
+  if method not in get_args(WKVMethod):
     raise ValueError(
-      f"method must be 'fused' or 'associative', and chunks are of 'fused' "
-      f'only: got {method!r} with chunk={chunk}.'
+      f'unknown method {method!r}; choose one of '
+      f'{", ".join(get_args(WKVMethod))}.'
+    )
+  if chunk is not None and method == 'associative':
+    raise ValueError(
+      f"chunk={chunk} given, but 'associative' has no chunks; leave chunk=None "
+      "or ask for 'chunked'."
     )

@@ -19,7 +19,8 @@ X, INPUT, RECURRENCE = rng.normal(size=(3, B, L, D))
 DECAY = rng.normal(size=D)
 INITIAL = rng.normal(size=(B, D))
 SEGMENTS = np.array([[1, 1, 0, 1, 3, 3, 3], [0, 2, 2, 0, 0, 5, 0]])
-unit = jax.jit(rg_lru, static_argnames=('sharpness', 'chunk'))
+METHODS = {'fused': 3, 'chunked': 3, 'associative': None}
+unit = jax.jit(rg_lru, static_argnames=('sharpness', 'method', 'chunk'))
 
 
 def looped(segments=None, initial=None):
@@ -50,18 +51,22 @@ def agree(actual, expected):
     np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_it_equals_the_loop_whole_and_in_pieces():
+@pytest.mark.parametrize('method', METHODS)
+def test_it_equals_the_loop_whole_and_in_pieces(method):
+  options = {'method': method, 'chunk': METHODS[method]}
   with jax.enable_x64(True):
     arrays = X, INPUT, RECURRENCE
-    agree(unit(*arrays, DECAY, chunk=3), looped())
+    agree(unit(*arrays, DECAY, **options), looped())
     state, outputs = INITIAL, []
     for piece in (slice(0, 1), slice(1, 5), slice(5, 7)):
-      out, state = unit(*(z[:, piece] for z in arrays), DECAY, state, chunk=3)
+      out, state = unit(*(z[:, piece] for z in arrays), DECAY, state, **options)
       outputs.append(out)
     agree((np.concatenate(outputs, 1), state), looped(initial=INITIAL))
 
 
-def test_segments_start_anew_and_padding_may_hold_anything():
+@pytest.mark.parametrize('method', METHODS)
+def test_segments_start_anew_and_padding_may_hold_anything(method):
+  options = {'method': method, 'chunk': METHODS[method]}
   expected, expected_last = looped(SEGMENTS)
   is_token = SEGMENTS != 0
   arrays = [
@@ -70,7 +75,7 @@ def test_segments_start_anew_and_padding_may_hold_anything():
   with jax.enable_x64(True):
     places, _ = advance(start(B), jnp.asarray(SEGMENTS))
     # What came before the first segment plays no part.
-    out, last = unit(*arrays, DECAY, INITIAL, places=places, chunk=3)
+    out, last = unit(*arrays, DECAY, INITIAL, places=places, **options)
   assert np.isfinite(out).all()
   agree((out[is_token], last), (expected[is_token], expected_last))
 
@@ -84,6 +89,26 @@ def test_gradients_are_those_of_finite_differences():
       order=1,
       modes=('fwd', 'rev'),
     )
+    places, _ = advance(start(B), jnp.asarray(SEGMENTS))
+
+    def loss(x, *arrays, method, chunk):
+      options = {'method': method, 'chunk': chunk, 'places': places}
+      x = jnp.where(SEGMENTS[..., None] == 0, jnp.nan, x)
+      out, last = rg_lru(x, *arrays, **options)
+      out = jnp.where(SEGMENTS[..., None] == 0, 0, out)
+      return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(last))
+
+    fused, *others = (
+      jax.jit(
+        jax.grad(
+          functools.partial(loss, method=method, chunk=chunk),
+          argnums=range(5),
+        )
+      )(*arrays)
+      for method, chunk in METHODS.items()
+    )
+    for other in others:
+      agree(other, fused)
 
 
 def test_a_closed_gate_freezes_the_state_with_finite_gradients():
@@ -133,3 +158,20 @@ def test_what_does_not_fit_is_refused():
     rg_lru(X, INPUT, RECURRENCE, DECAY, INITIAL[1:])
   with pytest.raises(ValueError, match='chunk=0'):
     rg_lru(X, INPUT, RECURRENCE, DECAY, chunk=0)
+  with pytest.raises(ValueError, match="got 'associative'"):
+    rg_lru(X, INPUT, RECURRENCE, DECAY, method='associative', chunk=3)
+  with pytest.raises(ValueError, match="unknown method 'sequential'"):
+    rg_lru(X, INPUT, RECURRENCE, DECAY, method='sequential')
+
+
+def test_the_loop_is_for_cpus():
+  shapes = [jax.ShapeDtypeStruct((2, 200, 4), jnp.float32)] * 3
+
+  def program(platform, method):
+    run = jax.jit(lambda *arrays: rg_lru(*arrays, jnp.ones(4), method=method))
+    return jax.export.export(run, platforms=(platform,))(*shapes).mlir_module()
+
+  for platform, method in (('cpu', 'fused'), ('tpu', 'chunked')):
+    count = program(platform, 'auto').count('stablehlo.multiply')
+    assert count == program(platform, method).count('stablehlo.multiply')
+  assert program('cpu', 'fused') != program('cpu', 'chunked')

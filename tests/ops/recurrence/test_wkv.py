@@ -12,7 +12,7 @@ from jaxformers.ops.segments import advance
 from jaxformers.ops.segments import start
 
 B, L, D = 2, 7, 3
-METHODS = {'fused': 3, 'associative': None}
+METHODS = {'fused': 3, 'chunked': 3, 'associative': None}
 rng = np.random.default_rng(0)
 KEY, VALUE = rng.normal(size=(2, B, L, D))
 LOG_DECAY = -np.exp(rng.normal(size=D))
@@ -132,12 +132,12 @@ def test_gradients_are_those_of_finite_differences_and_of_any_method():
       order=1,
       modes=('rev',),
     )
-    for one, other in zip(
-      gradient(*arrays, method='fused'),
-      gradient(*arrays, method='associative'),
-      strict=True,
-    ):
-      np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+    expected = gradient(*arrays, method='fused')
+    for method in ('chunked', 'associative'):
+      for one, other in zip(
+        expected, gradient(*arrays, method=method), strict=True
+      ):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_the_output_has_the_dtype_of_the_values_and_the_state_more():
@@ -154,5 +154,20 @@ def test_what_does_not_fit_is_refused():
     wkv(KEY, VALUE, LOG_DECAY, BONUS[1:])
   with pytest.raises(ValueError, match=r'sums must be \[2, 3\]'):
     wkv(KEY, VALUE, LOG_DECAY, BONUS, wkv_state(1, D))
-  with pytest.raises(ValueError, match="got 'associative' with chunk=3"):
+  with pytest.raises(ValueError, match="'associative' has no chunks"):
     wkv(KEY, VALUE, LOG_DECAY, BONUS, method='associative', chunk=3)
+  with pytest.raises(ValueError, match="unknown method 'tree'"):
+    wkv(KEY, VALUE, LOG_DECAY, BONUS, method='tree')
+
+
+def test_the_loop_is_for_cpus():
+  shapes = jax.ShapeDtypeStruct((2, 200, 4), jnp.float32), jnp.zeros(4)
+
+  def program(platform, method):
+    run = jax.jit(lambda x, gain: wkv(x, x, gain, gain, method=method))
+    return jax.export.export(run, platforms=(platform,))(*shapes).mlir_module()
+
+  for platform, method in (('cpu', 'fused'), ('tpu', 'chunked')):
+    count = program(platform, 'auto').count('stablehlo.multiply')
+    assert count == program(platform, method).count('stablehlo.multiply')
+  assert program('cpu', 'fused') != program('cpu', 'chunked')
