@@ -22,6 +22,7 @@ from jaxformers.ops.recurrence import decays_in_segments
 from jaxformers.ops.recurrence import outer_recurrence
 from jaxformers.ops.recurrence.devices import mirrored
 from jaxformers.ops.recurrence.devices import positions
+from jaxformers.ops.recurrence.outer_chunks import precision_of
 
 Stabilise = Literal['none', 'decay', 'scores']
 
@@ -234,12 +235,14 @@ def _recur_both_ways(query, key, value, initial, *, places, **options):
   """Lets each token see all of its segment."""
   axis_name = options['axis_name']
   if places is None:
-    dtype = jnp.result_type(query, key, value, jnp.float32)
-    query, key, value = (x.astype(dtype) for x in (query, key, value))
-    all_BHKV = jnp.einsum('BLHK,BLHV->BHKV', key, value)
+    arrays = query, key, value
+    dtype = jnp.result_type(*arrays, jnp.float32)
+    dot = functools.partial(jnp.einsum, precision=precision_of(*arrays))
+    query, key, value = (x.astype(dtype) for x in arrays)
+    all_BHKV = dot('BLHK,BLHV->BHKV', key, value)
     if axis_name is not None:
       all_BHKV = jax.lax.psum(all_BHKV, axis_name)
-    return Recurred(jnp.einsum('BLHK,BHKV->BLHV', query, all_BHKV), all_BHKV)
+    return Recurred(dot('BLHK,BHKV->BLHV', query, all_BHKV), all_BHKV)
   forth, last = _recur_forth(
     query, key, value, initial, places=places, **options
   )
@@ -321,6 +324,7 @@ def _sum_of_scores(query_BLHK, key_BLHK, log_decay):
     'BLHK,BMHK->BHLM',
     query_BLHK,
     key_BLHK,
+    precision=precision_of(query_BLHK, key_BLHK),
     preferred_element_type=jnp.result_type(query_BLHK, jnp.float32),
   )
   return jnp.sum(jnp.abs(scores_BHLM) * weights_BHLM, axis=-1).swapaxes(1, 2)

@@ -257,8 +257,8 @@ def _by_chunks(x_BLD, modes, initial_BDS, places, chunk):
   x_DNBC = _channels_first(_chunks(x_BLD, chunk))
   states_NDBS, last_BDS = _carry(x_DNBC, length, initial_BDS, tables)
   weights_DCM = _toeplitz(tables.kernel_DC)
-  out_DNBC = jnp.einsum('DNBM,DCM->DNBC', x_DNBC, weights_DCM)
-  out_DNBC += jnp.einsum('NDBS,DSC->DNBC', states_NDBS, tables.read_DSC)
+  out_DNBC = _dot('DNBM,DCM->DNBC', x_DNBC, weights_DCM)
+  out_DNBC += _dot('NDBS,DSC->DNBC', states_NDBS, tables.read_DSC)
   out_BNCD = out_DNBC.transpose(2, 1, 3, 0)
   return out_BNCD.reshape(batch, -1, width)[:, :length], last_BDS
 
@@ -272,7 +272,7 @@ def _carry(x_DNBC, length, initial_BDS, tables):
   """Returns the modes, as 2 S real parts, before each chunk; and the last."""
   chunk = x_DNBC.shape[-1]
   rest = length - (x_DNBC.shape[1] - 1) * chunk  # tokens of the last chunk
-  writes_DNBS = jnp.einsum('DNBC,DSC->DNBS', x_DNBC[:, :-1], tables.write_DSC)
+  writes_DNBS = _dot('DNBC,DSC->DNBS', x_DNBC[:, :-1], tables.write_DSC)
 
   def decay(state_DBS, count):
     return tables.powers_DSC[:, None, :, count] * state_DBS
@@ -284,7 +284,7 @@ def _carry(x_DNBC, length, initial_BDS, tables):
     step, jnp.moveaxis(initial_BDS, 0, 1), jnp.moveaxis(writes_DNBS, 1, 0)
   )
   states_NDBS = jnp.concatenate([states_NDBS, _split(state_DBS)[None]])
-  write_DBS = jnp.einsum(
+  write_DBS = _dot(
     'DBC,DSC->DBS',
     x_DNBC[:, -1, :, :rest],
     tables.write_DSC[..., chunk - rest :],
@@ -305,7 +305,7 @@ def _by_packed_chunks(x_BLD, modes, initial_BDS, places, chunk):
   back_BNC = jnp.argsort(is_token_BNC, axis=2, stable=True)
   writes_BNC = _move(number_BNC, back_BNC) == after_BN[..., None]
   written_BNCD = jnp.where(writes_BNC[..., None], _move(x_BNCD, back_BNC), 0)
-  writes_NBDS = jnp.einsum('DSC,BNCD->NBDS', tables.write_DSC, written_BNCD)
+  writes_NBDS = _dot('DSC,BNCD->NBDS', tables.write_DSC, written_BNCD)
   powers_CDS = jnp.moveaxis(tables.powers_DSC, 2, 0)
 
   def step(state_BDS, inputs):
@@ -321,7 +321,7 @@ def _by_packed_chunks(x_BLD, modes, initial_BDS, places, chunk):
   # What tokens read; the first of them is at the chunk's beginning.
   front_BNC = jnp.argsort(~is_token_BNC, axis=2, stable=True)
   number_BNC = _move(number_BNC, front_BNC)
-  out_BNCD = jnp.einsum('DSC,NBDS->BNCD', tables.read_DSC, states_NBDS)
+  out_BNCD = _dot('DSC,NBDS->BNCD', tables.read_DSC, states_NBDS)
   reads_BNC = number_BNC == before_BN[..., None]
   out_BNCD = jnp.where(reads_BNC[..., None], out_BNCD, 0)
   out_BNCD += _sum_over_lags(
@@ -419,13 +419,17 @@ def _weigh_powers(weight_DS, decay_DS, length):
   fine_DSC, decay_DS = _powers(decay_DS, inner)
   coarse_DSN, _ = _powers(decay_DS, outer)
   coarse_DSN = weight_DS[..., None] * coarse_DSN
-  out_DNC = jnp.einsum(
+  out_DNC = _dot(
     '...DSN,DSC->...DNC',
     _split(coarse_DSN, axis=-2),
     _split(jnp.conj(fine_DSC), axis=-2),
-    precision='highest',
   )
   return out_DNC.reshape(*out_DNC.shape[:-2], -1)[..., :length]
+
+
+def _dot(spec, *arrays):
+  # TPUs would round the factors of states and kernels to 8 bits.
+  return jnp.einsum(spec, *arrays, precision='highest')
 
 
 def _parts(z):

@@ -100,6 +100,7 @@ def score(
   query_BHCK: Float[Array, 'B H C K'],
   key_BHCK: Float[Array, 'B H C K'],
   log_decay_BHCK: Float[Array, '#B H C K'],
+  dot: Callable[[Array, Array], Array] = jnp.matmul,
   *,
   before: bool = False,
 ) -> tuple[Float[Array, 'B H C C'], Decays]:
@@ -113,13 +114,14 @@ def score(
     query_BHCK: q.
     key_BHCK: k.
     log_decay_BHCK: as for `weigh`, for each channel of the keys.
+    dot: multiplies matrices.
     before: as for `weigh`.
   """
 
   def meet(seen, left):
     _, query = _halves(_blocks(query_BHCK, seen.shape[2]))
     key, _ = _halves(_blocks(key_BHCK, seen.shape[2]))
-    return (query * seen) @ (key * left).mT
+    return dot(query * seen, (key * left).mT)
 
   own = jnp.sum(query_BHCK * key_BHCK, axis=-1, keepdims=True)
   own = jnp.zeros_like(own) if before else own

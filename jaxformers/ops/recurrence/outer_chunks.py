@@ -34,6 +34,11 @@ class Steps(NamedTuple):
   value: Array
   log_decay: Array
 
+  @property
+  def precision(self) -> str | None:
+    """Of matrix products."""
+    return precision_of(self.query, self.key, self.value)
+
 
 class Chunk(NamedTuple):
   """What a chunk does, whatever the state before it.
@@ -51,12 +56,26 @@ class Chunk(NamedTuple):
   written: Array
 
 
+def precision_of(*arrays: Array) -> str | None:
+  """Returns the precision of matrix products of what is made of arrays.
+
+  Source: none; see above.
+
+  Args:
+    *arrays: such as queries, keys and values.
+  """
+  bits = min(jnp.finfo(x.dtype).bits for x in arrays)
+  return 'highest' if bits >= 32 else None
+
+
 def in_turns(before: bool, chunk: int, state: Array, steps: Steps):
   """Goes from chunk to chunk; keeps for the backward pass only the states."""
 
+  read = functools.partial(jnp.matmul, precision=steps.precision)
+
   def turn(state, chunk_steps):
     part = _within(before, state.dtype, chunk_steps)
-    return part.kept * state + part.written, part.out + part.reader @ state
+    return part.kept * state + part.written, part.out + read(part.reader, state)
 
   return _scan(turn, chunk, state, steps)
 
@@ -70,11 +89,13 @@ def at_once(before: bool, chunk: int, state: Array, steps: Steps):
     return part.kept * state + part.written, state
 
   last, states = jax.lax.scan(turn, state, parts)
-  return _uncut(parts.out + parts.reader @ states, steps), last
+  read = jnp.matmul(parts.reader, states, precision=steps.precision)
+  return _uncut(parts.out + read, steps), last
 
 
 def step_by_step(before: bool, chunk: int, state: Array, steps: Steps):
   """Goes from step to step; keeps the states between chunks."""
+  dot = functools.partial(jnp.einsum, precision=steps.precision)
 
   def step(state, inputs):
     query, key, value, log_decay = inputs
@@ -82,7 +103,7 @@ def step_by_step(before: bool, chunk: int, state: Array, steps: Steps):
     new_state = decays * state + key[..., :, None] * value[..., None, :]
     is_reset = (log_decay == -jnp.inf)[..., None]
     read = jnp.where(is_reset, 0, state) if before else new_state
-    return new_state, jnp.einsum('BHK,BHKV->BHV', query, read)
+    return new_state, dot('BHK,BHKV->BHV', query, read)
 
   def turn(state, chunk_steps):
     query, key, value, log_decay = _as(state.dtype, chunk_steps)
@@ -118,21 +139,22 @@ def summary(chunk: int, state: Array, steps: Steps) -> tuple[Array, Array]:
 
 def _within(before, dtype, chunk_steps):
   """Returns what a chunk does."""
+  dot = functools.partial(jnp.matmul, precision=chunk_steps.precision)
   query, key, value, log_decay = _as(dtype, chunk_steps)
   repeat = functools.partial(_per_head, value.shape[1])
   if log_decay.shape[-1] == 1:
     weights, decays = decay.weigh(log_decay, before=before)
-    scores = repeat(query @ key.mT) * weights
+    scores = repeat(dot(query, key.mT)) * weights
     query, key = repeat(query), repeat(key)
   else:
     query, key = repeat(query), repeat(key)
     log_decay = repeat(log_decay)
-    scores, decays = decay.score(query, key, log_decay, before=before)
+    scores, decays = decay.score(query, key, log_decay, dot, before=before)
   return Chunk(
-    scores @ value,
+    dot(scores, value),
     query * jnp.exp(decays.seen_BHCK),
     jnp.exp(decays.total_BH1K).mT,
-    (key * jnp.exp(decays.left_BHCK)).mT @ value,
+    dot((key * jnp.exp(decays.left_BHCK)).mT, value),
   )
 
 
