@@ -11,3 +11,6 @@ from jaxformers.diagnostics.attention import attention_by_layer
 from jaxformers.diagnostics.attention import attention_metrics
 from jaxformers.diagnostics.attention import attention_report
 from jaxformers.diagnostics.attention import attention_table
+from jaxformers.diagnostics.decays import decay_metrics
+from jaxformers.diagnostics.decays import decay_report
+from jaxformers.diagnostics.decays import growing_layers

@@ -11,9 +11,8 @@ collection `diagnostics`, but only if it is mutable: outputs, parameters and the
 cost of training stay what they are.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import functools
-import re
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +21,7 @@ from jax import Array
 from jaxtyping import Float
 import numpy as np
 
-from jaxformers.nn.depth import unroll
+from jaxformers.diagnostics.layers import by_layer
 from jaxformers.ops.attention_diagnostics import TOP_K
 from jaxformers.ops.attention_diagnostics import AttentionDiagnostics
 
@@ -99,7 +98,7 @@ def attention_by_layer(
   Raises:
     ValueError: if nothing in the model measures attention.
   """
-  report = dict(_layers(diagnostics, params, ()))
+  report = by_layer(diagnostics, params, 'attention')
   if not report:
     raise ValueError(
       'no layer measured its attention: expected a model with mixers that sow '
@@ -107,35 +106,6 @@ def attention_by_layer(
       'jaxformers.nn.mixers.Attention does.'
     )
   return report
-
-
-def _layers(
-  tree: Mapping[str, Any], params: Mapping[str, Any], path: tuple[str, ...]
-) -> Iterator[tuple[str, AttentionDiagnostics]]:
-  tree, params = _unrolled(tree, params)
-  for name in sorted(tree, key=_in_order):
-    value = tree[name]
-    if isinstance(value, Mapping):
-      yield from _layers(value, params.get(name, {}), (*path, name))
-    elif name == 'attention':
-      for call, measures in enumerate(value):
-        number = f'#{call}' if len(value) > 1 else ''
-        yield ('/'.join(path) or name) + number, measures
-
-
-def _unrolled(tree, params):
-  """Gives the layers of a scanned stack names of their own."""
-  if not params or not all(name.startswith('scanned_') for name in params):
-    return tree, params
-  # Blocks without attention have sown nothing, but count.
-  every = {name: tree.get(name, {}) for name in params}
-  return unroll(every), jax.eval_shape(unroll, params)
-
-
-def _in_order(name):
-  """Sorts `layer_10` after `layer_9`."""
-  parts = re.split(r'(\d+)', name)
-  return [int(part) if part.isdigit() else part for part in parts]
 
 
 def attention_metrics(report: Report) -> dict[str, Float[Array, '']]:

@@ -8,7 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-COLLECTIONS = 'params', 'statistics', 'losses', 'diagnostics', 'prepared'
+COLLECTIONS = (
+  'params',
+  'statistics',
+  'losses',
+  'diagnostics',
+  'decays',
+  'prepared',
+)
 
 
 class Stack(nn.Module):

@@ -18,6 +18,7 @@ from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from jaxformers.nn.depth import COLLECTIONS
 from jaxformers.nn.embed import Embed
 from jaxformers.nn.head import Head
 from jaxformers.nn.linear import Linear
@@ -339,7 +340,7 @@ class LoRA(nn.Module):
         "LoRA needs the model's parameters in the collection 'frozen', got "
         f'{sorted(self.variables)}; make the variables by LoRA.init or adopt.'
       )
-    names = {*held, 'statistics', 'losses', 'diagnostics', 'intermediates'}
+    names = {*held, *COLLECTIONS, 'intermediates'} - {'params'}
     mutable = [name for name in names if self.is_mutable_collection(name)]
     noise = {n: self.make_rng(n) for n in self.scope.rngs if n != 'params'}
     apply = factored_apply(

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxformers.data import batches
+from jaxformers.diagnostics.decays import growing_layers
 from jaxformers.train import record as records
 from jaxformers.train.checkpoint import Checkpoints
 from jaxformers.train.directory import versions
@@ -217,7 +218,7 @@ def report(
     raise kind(
       f'step {step}: {" and ".join(bad)} not finite ({shown}). Nothing of '
       'this step was saved. Lower the learning rate, clip gradients, or set '
-      "non_finite='skip' to leave out such updates."
+      "non_finite='skip' to leave out such updates." + growing_layers(values)
     )
 
 

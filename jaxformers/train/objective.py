@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from jaxformers.diagnostics.attention import attention_by_layer
 from jaxformers.diagnostics.attention import attention_metrics
+from jaxformers.diagnostics.decays import decay_metrics
 from jaxformers.losses.cross_entropy import cross_entropy
 
 Batch = dict[str, Array]
@@ -76,6 +77,9 @@ class Objective(Protocol):
 class NextToken:
   """Predicts each next token.
 
+  Layers whose decays may grow larger than 1 report the largest at each step
+  (`jaxformers.diagnostics.decay_report`).
+
   Batches hold int32 `[B, L]` arrays: `tokens`, `targets` (negative where
   nothing is to be predicted) and `segments` (0 for padding).
 
@@ -111,10 +115,10 @@ class NextToken:
       segments_BL=batch['segments'] if self.packed else None,
       deterministic=deterministic,
       rngs={'dropout': key},
-      mutable=['statistics', 'losses', *['diagnostics'] * measures],
+      mutable=['statistics', 'losses', 'decays', *['diagnostics'] * measures],
     )
     auxiliary = changed.pop('losses', {})
-    sown = changed.pop('diagnostics', {})
+    decays, sown = (changed.pop(k, {}) for k in ('decays', 'diagnostics'))
     smoothing = 0.0 if deterministic else self.label_smoothing
     losses = cross_entropy(
       logits_BLV, batch['targets'], label_smoothing=smoothing
@@ -128,9 +132,8 @@ class NextToken:
     for path, leaf in jax.tree_util.tree_leaves_with_path(auxiliary):
       name = str(path[-2].key if hasattr(path[-2], 'key') else path[-2])
       tasks[name] = tasks.get(name, 0) + leaf.sum()
-    metrics = {}
+    of_model = variables.get('frozen', variables['params'])
+    metrics = decay_metrics(decays, of_model)
     if measures:
-      of_model = variables.get('frozen', variables['params'])
-      report = attention_by_layer(sown, of_model)
-      metrics = attention_metrics(report)
+      metrics |= attention_metrics(attention_by_layer(sown, of_model))
     return Losses(tasks, metrics, changed, weight)
