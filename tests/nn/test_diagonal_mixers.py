@@ -7,6 +7,7 @@ import pytest
 
 from jaxformers.nn import GatedOutput
 from jaxformers.nn.mixers import LRU
+from jaxformers.nn.mixers import S4D
 from jaxformers.nn.mixers import S5
 from jaxformers.ops import linear_recurrence
 from jaxformers.ops import normal_legs
@@ -167,11 +168,44 @@ def test_half_of_the_modes_stands_for_conjugate_pairs():
   )
 
 
-def test_both_directions_are_each_others_mirror():
-  mixer = S5(state_size=8, blocks=2, bidirectional=True, output=PLAIN)
+def test_one_block_and_one_channel_of_s5_are_s4d_with_legs():
+  theirs = made(S4D(state_size=8, start='legs', output=PLAIN), 1)
+  first = made(S5(state_size=8, blocks=1, output=PLAIN), 1)
+  params = {
+    'a_re_S': -jnp.exp(theirs['log_rate_DS'][0]),
+    'a_im_S': theirs['frequency_DS'][0],
+    'step_S': jnp.repeat(theirs['log_step_D'], 4),
+    'in_NDS': jnp.stack([theirs['input_re_DS'], theirs['input_im_DS']]),
+    'out_NSD': jnp.stack(
+      [theirs['readout_re_DS'].T, theirs['readout_im_DS'].T]
+    ),
+    'skip_D': theirs['skip_D'],
+  }
+  assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, params)
+  for name in ('a_re_S', 'a_im_S'):
+    np.testing.assert_allclose(first[name], params[name], rtol=1e-6)
+  for rule in ('zoh', 'bilinear'):
+    s5 = S5(state_size=8, blocks=1, discretization=rule, output=PLAIN)
+    s4d = S4D(state_size=8, start='legs', discretization=rule, output=PLAIN)
+    x = X[..., :1]
+    expected = run(s4d, theirs, x)
+    np.testing.assert_allclose(
+      run(s5, params, x), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+BOTH_WAYS = (
+  (S5(state_size=8, blocks=2, bidirectional=True, output=PLAIN), 'NSD'),
+  (LRU(state_size=3, bidirectional=True, output=PLAIN), 'NSD'),
+  (LRU(state_size=3, bidirectional=True, is_real=True, output=PLAIN), 'SD'),
+)
+
+
+@pytest.mark.parametrize(('mixer', 'letters'), BOTH_WAYS)
+def test_both_directions_are_each_others_mirror(mixer, letters):
   params = made(mixer)
-  swapped = {**params, 'out_NSD': params['back_NSD']}
-  swapped['back_NSD'] = params['out_NSD']
+  out, back = f'out_{letters}', f'back_{letters}'
+  swapped = {**params, out: params[back], back: params[out]}
   mirrored = run(mixer, swapped, X[:, ::-1])[:, ::-1]
   np.testing.assert_allclose(run(mixer, params), mirrored, rtol=1e-4, atol=1e-5)
 

@@ -2,13 +2,17 @@
 
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Inexact, Int
 
 from jaxformers.nn.mixers.base import locate
+from jaxformers.nn.placement import on_shares
 from jaxformers.ops import segments
+from jaxformers.ops.diagonal import DiagonalOutput
+from jaxformers.ops.diagonal import diagonal_system
 
 
 class DiagonalState(NamedTuple):
@@ -97,6 +101,56 @@ def read(
   skip = places.number_BL == 0
   reset = (places.position_BL == 0) & ~skip
   return Reading(jnp.where(skip[..., None], 0, x_BLD), reset, skip, cursor)
+
+
+def run(
+  reading: Reading,
+  decay_S: Inexact[Array, ' S'],
+  in_DS: Inexact[Array, 'D S'],
+  outs: list[Inexact[Array, 'S D']],
+  state: DiagonalState | None,
+  segments_BL: Int[Array, 'B L'] | None,
+  **options: Any,
+) -> DiagonalOutput:
+  """Runs a diagonal system from the start, and perhaps another from the end.
+
+  Args:
+    reading: the input.
+    decay_S: of both.
+    in_DS: of both.
+    outs: the readout from the start, and the one from the end if there is one.
+    state: before the first token; None for nothing read.
+    segments_BL: packing ids, as the mixer got them.
+    **options: see `jaxformers.ops.linear_recurrence`.
+  """
+  recur = on_shares(diagonal_system, 'BLD S DS SD BS', 'BLD BS')
+  x_BLD, options = reading.x_BLD, {'skip': reading.skip, **options}
+  y_BLD, last_BS = recur(
+    x_BLD,
+    decay_S,
+    in_DS,
+    outs[0],
+    joined(state),
+    reset=reading.reset,
+    **options,
+  )
+  for out_SD in outs[1:]:
+    back = {'reset': ends(segments_BL), 'reverse': True, **options}
+    y_BLD += recur(x_BLD, decay_S, in_DS, out_SD, None, **back)[0]
+  return DiagonalOutput(y_BLD, last_BS)
+
+
+def sow_decay(mixer: nn.Module, decay_S: Inexact[Array, ' S']) -> None:
+  """Leaves the size of the largest decay, if anyone asked for it.
+
+  It goes to the collection `decays`, see `jaxformers.diagnostics.decay_report`.
+
+  Args:
+    mixer: a bound module, whose decays may be larger than 1.
+    decay_S: its decays.
+  """
+  if mixer.is_mutable_collection('decays') and not mixer.is_initializing():
+    mixer.sow('decays', 'largest_decay', jnp.abs(decay_S).max())
 
 
 def ends(segments_BL: Int[Array, 'B L'] | None) -> Bool[Array, 'B L'] | None:

@@ -5,12 +5,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxformers.nn.gated_output import GatedOutput
+from jaxformers.nn.mixers.base import require_causal
 from jaxformers.nn.mixers.diagonal import follows
 from jaxformers.nn.mixers.diagonal import fresh
-from jaxformers.nn.mixers.diagonal import joined
 from jaxformers.nn.mixers.diagonal import read
-from jaxformers.nn.placement import on_shares
-from jaxformers.ops.diagonal import diagonal_system
+from jaxformers.nn.mixers.diagonal import run
 from jaxformers.ops.recurrence import LinearMethod
 
 
@@ -42,6 +41,7 @@ class LRU(nn.Module):
     max_phase: largest angle of the first decays.
     is_real: whether all is real: decays are positive, B and C have no imaginary
       part.
+    bidirectional: whether to add a recurrence from the end, with another C.
     output: what follows.
     method: see `jaxformers.ops.linear_recurrence`, like `chunk`.
     chunk: steps per chunk.
@@ -52,38 +52,34 @@ class LRU(nn.Module):
   r_max: float = 1.0
   max_phase: float = 6.28
   is_real: bool = False
+  bidirectional: bool = False
   output: nn.Module = GatedOutput()
   method: LinearMethod = 'auto'
   chunk: int | None = None
 
   @property
   def causal(self) -> bool:
-    return True
+    return not self.bidirectional
 
   @nn.compact
   def __call__(
     self, x_BLD, state=None, *, segments_BL=None, deterministic=True
   ):
     self._check()
+    if state is not None:
+      require_causal(self)
     reading = read(x_BLD, state and state.cursor, segments_BL)
     width, size = x_BLD.shape[-1], self.state_size
     decay_S, gain_S = self._decays()
     # B has variance 1 / D; of a complex one each part has half.
     fan = width if self.is_real else 2 * width
     in_DS = self._matrix('in', fan, (width, size))
-    out_SD = self._matrix('out', size, (size, width))
+    names = ('out', 'back') if self.bidirectional else ('out',)
+    outs = [self._matrix(name, size, (size, width)) for name in names]
     skip_D = self.param('skip_D', nn.initializers.normal(1.0), (width,))
-    recur = on_shares(diagonal_system, 'BLD S DS SD BS', 'BLD BS')
-    y_BLD, last_BS = recur(
-      reading.x_BLD,
-      decay_S,
-      in_DS * gain_S,
-      out_SD,
-      joined(state),
-      reset=reading.reset,
-      skip=reading.skip,
-      method=self.method,
-      chunk=self.chunk,
+    options = {'method': self.method, 'chunk': self.chunk}
+    y_BLD, last_BS = run(
+      reading, decay_S, in_DS * gain_S, outs, state, segments_BL, **options
     )
     y_BLD += skip_D.astype(x_BLD.dtype) * reading.x_BLD
     y_BLD = self.output(y_BLD, deterministic=deterministic)
@@ -91,6 +87,7 @@ class LRU(nn.Module):
 
   def initial_state(self, batch_size, max_length, width, dtype):
     del max_length, width
+    require_causal(self)
     return fresh(batch_size, self.state_size, dtype, is_real=self.is_real)
 
   def _check(self):

@@ -9,14 +9,12 @@ import numpy as np
 
 from jaxformers.nn.gated_output import GatedOutput
 from jaxformers.nn.mixers.base import require_causal
-from jaxformers.nn.mixers.diagonal import ends
 from jaxformers.nn.mixers.diagonal import follows
 from jaxformers.nn.mixers.diagonal import fresh
-from jaxformers.nn.mixers.diagonal import joined
 from jaxformers.nn.mixers.diagonal import read
-from jaxformers.nn.placement import on_shares
+from jaxformers.nn.mixers.diagonal import run
+from jaxformers.nn.mixers.diagonal import sow_decay
 from jaxformers.ops.diagonal import Discretization
-from jaxformers.ops.diagonal import diagonal_system
 from jaxformers.ops.diagonal import discretize
 from jaxformers.ops.diagonal import normal_legs
 from jaxformers.ops.recurrence import LinearMethod
@@ -49,7 +47,9 @@ class S5(nn.Module):
     conj_sym: whether states come in conjugate pairs of which one is kept;
       without, all are kept and y is the real part, not twice.
     clip_eigs: whether real parts of eigenvalues are kept at or below -1e-4, so
-      that states stay bounded at any length.
+      that states stay bounded at any length. Without, as the authors have it,
+      training may push decays beyond 1: `jaxformers.diagnostics.decay_report`
+      shows the largest, and so do the metrics of `jaxformers.train.NextToken`.
     bidirectional: whether to add a recurrence from the end, with another C.
     step_min: smallest first time step.
     step_max: largest; the logarithm of steps is uniform in between.
@@ -91,31 +91,15 @@ class S5(nn.Module):
     reading = read(x_BLD, state and state.cursor, segments_BL)
     width = x_BLD.shape[-1]
     decay_S, in_DS = self._system(width)
-    out_SD = self._out('out', width)
+    if not self.clip_eigs:
+      sow_decay(self, decay_S)
+    names = ('out', 'back') if self.bidirectional else ('out',)
+    outs = [self._out(name, width) for name in names]
     skip_D = self.param('skip_D', nn.initializers.normal(1.0), (width,))
-    options = {'skip': reading.skip, 'method': self.method, 'chunk': self.chunk}
-    recur = on_shares(diagonal_system, 'BLD S DS SD BS', 'BLD BS')
-    y_BLD, last_BS = recur(
-      reading.x_BLD,
-      decay_S,
-      in_DS,
-      out_SD,
-      joined(state),
-      reset=reading.reset,
-      **options,
+    options = {'method': self.method, 'chunk': self.chunk}
+    y_BLD, last_BS = run(
+      reading, decay_S, in_DS, outs, state, segments_BL, **options
     )
-    if self.bidirectional:
-      back_BLD, _ = recur(
-        reading.x_BLD,
-        decay_S,
-        in_DS,
-        self._out('back', width),
-        None,
-        reset=ends(segments_BL),
-        reverse=True,
-        **options,
-      )
-      y_BLD += back_BLD
     y_BLD += skip_D.astype(x_BLD.dtype) * reading.x_BLD
     y_BLD = self.output(y_BLD, deterministic=deterministic)
     return y_BLD, follows(state, last_BS, reading.cursor)
