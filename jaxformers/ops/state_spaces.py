@@ -194,7 +194,11 @@ def s4_kernel(
 
   `2 [r(C~, B) - (1 + z) r(C~, P) (I + (1 + z) r(P^*, P))^-1 r(P^*, B)]`,
 
-  which unlike the published form has no division by 1 + z, 0 at z = -1.
+  which unlike the published form has no division by 1 + z, 0 at z = -1. An
+  eigenvalue of 0, as `'fourier'` has, divides by 0 at z = 1, where the formula is
+  replaced by its limit. There the first column of P must be, up to a real factor,
+  what is written, and real, as it is for that measure; the gradient for the
+  eigenvalue itself leaves z = 1 out. (Layers begin at -1e-4 instead.)
 
   `O((S + log L) L)` per channel; a few frequencies are evaluated at a time, so
   nothing of size `[D, S, L]` is ever there.
@@ -216,20 +220,34 @@ def s4_kernel(
   products_DSN = products_DSN * step_D[:, None, None]
   count = length // 2 + 1
   chunk = min(FREQUENCIES, count)
+  square = lambda x: x.reshape(len(x), rank + 1, rank + 1, -1)
+  # What 1 / divisor multiplies where it is infinite.
+  is_zero_DS1 = (eigenvalues == 0)[..., None]
+  pole = square(jnp.sum(jnp.where(is_zero_DS1, products_DSN, 0), axis=1))
 
   @jax.checkpoint
   def spectrum(z_C):
     poles_DSC = (eigenvalues * step_D[:, None])[..., None]
     divisor_DSC = 2 * (1 - z_C) - poles_DSC * (1 + z_C)
+    is_pole_DSC = divisor_DSC == 0
+    inverse_DSC = 1 / jnp.where(is_pole_DSC, 1, divisor_DSC)
     sums_DNC = jnp.einsum(
-      'DSN,DSC->DNC', products_DSN, 1 / divisor_DSC, precision='highest'
+      'DSN,DSC->DNC',
+      products_DSN,
+      jnp.where(is_pole_DSC, 0, inverse_DSC),
+      precision='highest',
     )
-    sums = sums_DNC.reshape(-1, rank + 1, rank + 1, chunk)
+    sums = square(sums_DNC)
     # Gauss elimination of the unit matrix plus (1 + z) r(P^*, P).
     for i in range(rank, 0, -1):
       pivot = 1 + (1 + z_C) * sums[:, i, i]
       outer = sums[:, :i, i][:, :, None] * sums[:, i, :i][:, None]
-      sums = sums[:, :i, :i] - ((1 + z_C) / pivot)[:, None, None] * outer
+      rest = sums[:, :i, :i] - ((1 + z_C) / pivot)[:, None, None] * outer
+      if i == 1:
+        at_rest = _limit_at_rest(pole, sums)
+        is_pole_DC = is_pole_DSC.any(axis=1) & (pole[:, 1, 1] != 0)
+        rest = jnp.where(is_pole_DC[:, None, None], at_rest, rest)
+      sums = rest
     return 2 * sums[:, 0, 0]
 
   index_NC = jnp.arange(-(-count // chunk) * chunk).reshape(-1, chunk)
@@ -237,6 +255,18 @@ def s4_kernel(
   spectrum_NDC = jax.lax.map(spectrum, z_NC)
   spectrum_DN = jnp.moveaxis(spectrum_NDC, 0, 1).reshape(len(step_D), -1)
   return jnp.fft.irfft(spectrum_DN[:, :count], n=length)
+
+
+def _limit_at_rest(pole, sums):
+  """Returns the limit of a step of elimination of `pole / d + sums`, d to 0.
+
+  At z = 1, for a pole of rank 1: what is of order 1 / d cancels.
+  """
+  column, row = pole[:, :1, 1][:, :, None], pole[:, 1, :1][:, None]
+  cross = column * sums[:, 1, :1][:, None] + sums[:, :1, 1][:, :, None] * row
+  divisor = jnp.where(pole[:, 1, 1] == 0, 1, pole[:, 1, 1])[:, None, None]
+  second = (0.5 + sums[:, 1, 1])[:, None, None] * column * row / divisor
+  return sums[:, :1, :1] + (second - cross) / divisor
 
 
 def s4_convolution(
@@ -344,7 +374,8 @@ def recover_readout(
   """Returns the C of which `truncated_DN` is `C (I - Abar^L)`.
 
   It is what a recurrence reads. Takes `O(N^3 log L)` per channel. Where states
-  outlive the length, Abar^L is near I and the solution is ill-conditioned.
+  outlive the length, Abar^L is near I and the solution is ill-conditioned; there
+  is none where one lives for ever, as the dead state of `'fourier'` does.
 
   Source: Gu, Goel and Ré, 2021, arXiv 2111.00396, appendix C.3.
 
