@@ -2,10 +2,12 @@
 
 from jax import Array
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Complex, Float
+import numpy as np
 
 from jaxformers.ops.recurrence.stepwise import step_through
 from jaxformers.ops.segments import Places
+from jaxformers.ops.state_spaces import recover_readout
 
 
 def rtf_kernel(
@@ -19,7 +21,7 @@ def rtf_kernel(
   at the roots of unity are those of a signal with period L, so the kernel is the
   impulse response of the rational function *folded* at L. It is the kernel of
   the companion matrix of a (`rtf_matrix`) with `b = C (I - Abar^L)` for a
-  readout: `jaxformers.ops.recover_readout` gives the C of a recurrence, and
+  readout: `rtf_readout` gives the C of a recurrence, and
   `jaxformers.ops.double_readout` the b of twice the length. Where a pole is close
   to the circle, 1 + a_1 z + ... is close to 0: only the start keeps it away.
 
@@ -35,12 +37,7 @@ def rtf_kernel(
   Raises:
     ValueError: if the length is not more than S.
   """
-  states = denominator_DS.shape[-1]
-  if length <= states:
-    raise ValueError(
-      f'a kernel of {states} states must be longer than them, got '
-      f'length={length}; choose a longer one or fewer states.'
-    )
+  _check_length(denominator_DS, length)
   full_DS = jnp.pad(denominator_DS, ((0, 0), (1, 0)), constant_values=1)
   spectrum_DN = jnp.fft.rfft(numerator_DS, n=length)
   spectrum_DN /= jnp.fft.rfft(full_DS, n=length)
@@ -59,6 +56,48 @@ def rtf_matrix(denominator_DS: Float[Array, 'D S']) -> Float[Array, 'D S T']:
   shift_ST = jnp.eye(states, k=-1, dtype=denominator_DS.dtype)
   matrix_DST = jnp.broadcast_to(shift_ST, (width, states, states))
   return matrix_DST.at[:, 0].set(-denominator_DS)
+
+
+def rtf_readout(
+  numerator_DS: Float[Array, 'D S'],
+  denominator_DS: Float[Array, 'D S'],
+  length: int,
+) -> Float[Array, 'D S']:
+  """Returns the readout C of the recurrence whose folded kernel has b on top.
+
+  See `jaxformers.ops.recover_readout` for its price, and for where it is
+  ill-conditioned.
+
+  Source: Parnichkun et al., 2024, arXiv 2405.06147, section 3.1.
+
+  Args:
+    numerator_DS: b of `rtf_kernel`.
+    denominator_DS: a.
+    length: L to which b belongs.
+
+  Raises:
+    ValueError: if the length is not more than S.
+  """
+  _check_length(denominator_DS, length)
+  return recover_readout(numerator_DS, rtf_matrix(denominator_DS), length)
+
+
+def rtf_poles(
+  denominator_DS: Float[Array, 'D S'],
+) -> Complex[np.ndarray, 'D S']:
+  """Returns the poles: the numbers that decay as p^k, in double precision.
+
+  Nothing keeps `|p|` below 1 in training (`sum |a| < 1` would). A kernel of one
+  length hides that, because it is folded; a recurrence grows without bound. So
+  before an RTF decodes, `jaxformers.ops.check_decay(rtf_poles(denominator_DS))`.
+
+  Source: Parnichkun et al., 2024, arXiv 2405.06147, section 3.3.
+
+  Args:
+    denominator_DS: a; not traced.
+  """
+  matrix_DST = np.asarray(rtf_matrix(jnp.asarray(denominator_DS)), np.float64)
+  return np.linalg.eigvals(matrix_DST)
 
 
 def rtf_convolution(
@@ -110,3 +149,13 @@ def rtf_convolution(
     step, initial_SBD, input_BLD.astype(dtype), places=places
   )
   return out_BLD.astype(input_BLD.dtype), jnp.moveaxis(last_SBD, 0, 2)
+
+
+def _check_length(denominator_DS, length):
+  """Raises unless a kernel is longer than the states are many."""
+  states = denominator_DS.shape[-1]
+  if length <= states:
+    raise ValueError(
+      f'a kernel of {states} states must be longer than them, got '
+      f'length={length}; choose a longer one or fewer states.'
+    )
