@@ -94,6 +94,7 @@ from jaxformers.ops.hippo import LinearSystem
 from jaxformers.ops.hippo import Measure
 from jaxformers.ops.hippo import Memorized
 from jaxformers.ops.hippo import MemoryState
+from jaxformers.ops.hippo import SteppedFouS
 from jaxformers.ops.hippo import discretize_system
 from jaxformers.ops.hippo import dynamics_of
 from jaxformers.ops.hippo import hippo_memory
@@ -157,6 +158,8 @@ from jaxformers.ops.positions import sinusoidal
 from jaxformers.ops.rational import rtf_convolution
 from jaxformers.ops.rational import rtf_kernel
 from jaxformers.ops.rational import rtf_matrix
+from jaxformers.ops.rational import rtf_poles
+from jaxformers.ops.rational import rtf_readout
 from jaxformers.ops.recurrence import WKV
 from jaxformers.ops.recurrence import Convolved
 from jaxformers.ops.recurrence import GatedRecurred

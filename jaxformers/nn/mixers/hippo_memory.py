@@ -146,11 +146,19 @@ def real_dynamics(
     discretization: of measures that do not vary.
 
   Raises:
-    ValueError: if the states are complex.
+    ValueError: if the states are complex, or a window holds a single sample.
   """
+  window = getattr(measure, 'window', None)
+  if window is not None and window <= step:
+    raise ValueError(
+      f'{measure} remembers {window / step:g} samples of length {step:g}, where '
+      f'it needs more than one; give its window in samples, as '
+      f'{type(measure).__name__}(window=128.0), or a shorter step.'
+    )
   dynamics = dynamics_of(measure, size, step, discretization)
   if jnp.issubdtype(dynamics.dtype, jnp.complexfloating):
     raise ValueError(
-      f"{measure} has complex states, and readouts are real; use form='real'."
+      f'{measure} has complex states, and readouts are real; take a real '
+      "measure, such as FouT(form='real')."
     )
   return dynamics

@@ -7,6 +7,7 @@ from jaxformers.ops.hippo.dynamics import ApproximateLegS
 from jaxformers.ops.hippo.dynamics import ConstantDynamics
 from jaxformers.ops.hippo.dynamics import Dynamics
 from jaxformers.ops.hippo.dynamics import ExactLegS
+from jaxformers.ops.hippo.dynamics import SteppedFouS
 from jaxformers.ops.hippo.dynamics import dynamics_of
 from jaxformers.ops.hippo.fourier import FouD
 from jaxformers.ops.hippo.fourier import FouS

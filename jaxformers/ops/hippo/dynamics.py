@@ -5,6 +5,7 @@ exact one can also go through a chunk of samples at once.
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from jax import Array
@@ -14,6 +15,7 @@ import numpy as np
 
 from jaxformers.ops.hippo.discretize import Discretization
 from jaxformers.ops.hippo.discretize import discretize_system
+from jaxformers.ops.hippo.fourier import FouS
 from jaxformers.ops.hippo.legendre import LegS
 from jaxformers.ops.hippo.legs import LegsChange
 from jaxformers.ops.hippo.legs import at_nodes
@@ -272,6 +274,52 @@ class ConstantDynamics:
     return np.stack(powers), np.stack(powers[:-1]) @ self.system.b_S
 
 
+@dataclasses.dataclass(frozen=True)
+class SteppedFouS:
+  """The whole history in a Fourier series, step by step. For study only.
+
+  With `A = V diag(a) V^-1` and `A e_0 = -B`, from time m to n
+  `x+ = x + V (exp(a ln(n / m)) - 1) V^-1 (x - e_0 u)`: `O(S^2)` per step and
+  channel. The step is exact, so that what is off is what the dynamics leave out,
+  see `FouS`. V has a condition of 6 at 65 states.
+
+  Source: Su Jianlin, "Revisiting SSM (2)", 2024, kexue.fm/archives/10137.
+
+  Attributes:
+    size: S, odd.
+  """
+
+  size: int
+  dtype: Any = jnp.complex64
+
+  def __post_init__(self):
+    FouS().system(self.size)
+
+  def steps(self, chunk: Chunk, dtype: Any) -> Array:
+    real = jnp.finfo(dtype).dtype
+    m, n = (x.astype(real) for x in (chunk.since_BC, chunk.until_BC))
+    is_first = ((m == 0) & (n > 0))[..., None]
+    passed_BC1 = jnp.log1p((n - m) / jnp.where(m > 0, m, 1))[..., None]
+    eigenvalues_S, _, _ = _fourier_modes(self.size)
+    change_BCS = jnp.expm1(jnp.asarray(eigenvalues_S, dtype) * passed_BC1)
+    return jnp.where(is_first, -1, change_BCS)
+
+  def step(self, step: Array, x_BSD: Array, u_BD: Array) -> Array:
+    _, *maps = _fourier_modes(self.size)
+    vectors_ST, inverse_ST = (jnp.asarray(x, x_BSD.dtype) for x in maps)
+    rest_BSD = x_BSD.at[:, self.size // 2].add(-u_BD)
+    rest_BSD = jnp.matmul(inverse_ST, rest_BSD, precision='highest')
+    change_BSD = step[..., None] * rest_BSD
+    return x_BSD + jnp.matmul(vectors_ST, change_BSD, precision='highest')
+
+
+@functools.cache
+def _fourier_modes(size):
+  """Returns eigenvalues, eigenvectors and their inverse, of A of FouS."""
+  eigenvalues_S, vectors_ST = np.linalg.eig(FouS().system(size).a_ST)
+  return eigenvalues_S, vectors_ST, np.linalg.inv(vectors_ST)
+
+
 def dynamics_of(
   measure: Measure,
   size: int,
@@ -281,19 +329,21 @@ def dynamics_of(
   """Returns the dynamics of a measure for samples of one length.
 
   Args:
-    measure: in the paper's normalisation, if it is LegS.
+    measure: in the paper's normalisation, if it is LegS. FouS goes step by step.
     size: S.
     step: length of a sample, in the unit of the measure's window; LegS has no
       unit.
     method: see `discretize_system`.
 
   Raises:
-    ValueError: for FouS, and other normalisations of LegS.
+    ValueError: for other normalisations of LegS.
   """
   if not measure.varies:
     return ConstantDynamics(
       discretize_system(measure.system(size), step, method)
     )
+  if measure == FouS():
+    return SteppedFouS(size)
   if measure != LegS():
     raise ValueError(
       f'{measure} has no exact steps; take LegS() in the normalisation of the '

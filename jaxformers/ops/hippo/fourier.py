@@ -97,7 +97,9 @@ class FouS:
   """The whole history in a Fourier series, complex. For study only.
 
   Unlike LegS it is not exact: coefficients of a sine of 3 cycles are off by 0.28,
-  0.18, 0.12 and 0.07 of their norm for 2 M + 1 states, M = 4, 8, 16 and 32.
+  0.18, 0.12 and 0.07 of their norm for 2 M + 1 states, M = 4, 8, 16 and 32: about
+  `M^(-2/3)`, whatever the length. Sums of 1, 2 and 3 cycles with random phases are
+  off by 0.17 to 0.26 at M = 4, and less in the same proportions.
 
   Source: Su Jianlin, "Revisiting SSM (2)", 2024, kexue.fm/archives/10137.
   """

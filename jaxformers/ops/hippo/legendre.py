@@ -68,7 +68,7 @@ class LegS:
 
   The one measure without any approximation: the truncated system returns exactly
   the first S coefficients of the projection. Its step has no size
-  (`legs_memory`), and it forgets polynomially. A diverges from its normal
+  (`legs_change`), and it forgets polynomially. A diverges from its normal
   relatives so far that it must not be diagonalised: the condition of its
   eigenvectors is 8e10 at S = 16.
 

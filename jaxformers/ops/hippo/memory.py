@@ -79,8 +79,8 @@ def hippo_memory(
 
   Args:
     u_BLD: samples, each held from the time of the last one to its own.
-    dynamics: `ExactLegS`, `ApproximateLegS` (sequential alone) or
-      `ConstantDynamics`.
+    dynamics: `ExactLegS`, `ConstantDynamics`, or step by step alone
+      `ApproximateLegS` and `SteppedFouS`.
     initial: state before the first sample; None for nothing seen.
     places: of packed or padded samples: where a segment begins its memory is
       empty; padding leaves it alone. None for one segment.
@@ -206,8 +206,7 @@ def _check_method(dynamics, method, chunk, times_BL):
   name = type(dynamics).__name__
   if needed is not None and not hasattr(dynamics, needed):
     raise ValueError(
-      f"{name} cannot go by method={method!r}; take 'sequential', or exact "
-      'dynamics.'
+      f"{name} cannot go by method={method!r}; take 'sequential', or ExactLegS."
     )
   if times_BL is not None and isinstance(dynamics, ConstantDynamics):
     raise ValueError(

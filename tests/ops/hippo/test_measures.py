@@ -218,24 +218,6 @@ def test_laguerre_coefficients_of_a_polynomial_give_it_back(measure):
   near(measure.decoder(size, ages) @ x_S, past(ages), 1e-9)
 
 
-def test_fourier_coefficients_of_the_whole_history_are_not_exact():
-  length, time = 512, (np.arange(512) + 0.5) / 512
-  u = np.sin(2 * np.pi * 3 * time)
-  for size, seen in ((9, 0.28), (17, 0.18), (33, 0.12)):
-    system, x = FouS().system(size), np.zeros(size, complex)
-    values, vectors = np.linalg.eig(system.a_ST)
-    inverse = np.linalg.inv(vectors)
-    rest = np.linalg.solve(system.a_ST, system.b_S)
-    x[size // 2] = u[0]
-    for i in range(1, length):
-      power = (vectors * ((i + 1) / i) ** values) @ inverse
-      x = power @ (x + rest * u[i]) - rest * u[i]
-    waves = np.exp(-2j * np.pi * (np.arange(size) - size // 2) * time[:, None])
-    exact = u @ waves / length
-    error = np.linalg.norm(x - exact) / np.linalg.norm(exact)
-    np.testing.assert_allclose(error, seen, atol=5e-3)
-
-
 def test_decoders_of_traced_ages_are_those_of_numbers():
   ages = np.array([0.2, 0.6])
   for measure, size in (

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.linalg import expm
 
 from jaxformers.ops import ApproximateLegS
 from jaxformers.ops import ConstantDynamics
@@ -18,6 +19,7 @@ from jaxformers.ops import LegT
 from jaxformers.ops import MemoryState
 from jaxformers.ops import dynamics_of
 from jaxformers.ops import hippo_memory
+from jaxformers.ops import legs_projection
 from jaxformers.ops import legs_transition
 from jaxformers.ops.hippo.dynamics import LegSScheme
 from jaxformers.ops.hippo.memory import MemoryMethod
@@ -199,6 +201,44 @@ def test_exact_steps_from_an_empty_memory_at_time_1_are_off_by_2_percent():
   assert 0.01 < errors[1] < 0.04
 
 
+def test_many_states_step_by_step_are_those_of_the_closed_form():
+  project = jax.jit(legs_projection, static_argnums=1)
+  last = lambda u, size: run(u, ExactLegS(size), method='sequential').last.x_BSD
+  u = smooth(64)[None, :, None]
+  with jax.enable_x64(True):
+    near(last(u, 64), project(u, 64), 1e-12)
+    expected = np.asarray(project(u, 256))
+  actual = np.asarray(last(u.astype(np.float32), 256))
+  error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+  assert error < 2e-5
+
+
+def test_fourier_coefficients_of_the_whole_history_are_not_exact():
+  length, time = 512, (np.arange(512) + 0.5) / 512
+  u = np.sin(2 * np.pi * 3 * time).astype(np.float32)
+  for size, seen in ((9, 0.28), (65, 0.073)):
+    dynamics = dynamics_of(FouS(), size)
+    last = run(u[None, :, None], dynamics, method='sequential').last.x_BSD
+    waves = np.exp(-2j * np.pi * (np.arange(size) - size // 2) * time[:, None])
+    exact = u @ waves / length
+    error = np.linalg.norm(last[0, :, 0] - exact) / np.linalg.norm(exact)
+    np.testing.assert_allclose(error, seen, atol=5e-3)
+
+
+def test_a_fourier_memory_steps_by_exponentials_in_any_pieces():
+  system, size = FouS().system(S), S
+  rest, x = np.linalg.solve(system.a_ST, system.b_S), np.zeros((S, D), complex)
+  x[size // 2] = U[0, 0]
+  for i in range(1, L):
+    power = expm(np.log((i + 1) / i) * system.a_ST)
+    x = power @ (x + np.outer(rest, U[0, i])) - np.outer(rest, U[0, i])
+  dynamics = dynamics_of(FouS(), S)
+  with jax.enable_x64(True):
+    first = run(U[:, :4], dynamics, method='sequential').last
+    last = run(U[:, 4:], dynamics, first, method='sequential').last
+  near(last.x_BSD[0], x)
+
+
 @pytest.mark.parametrize('method', ['chunked', 'sequential'])
 def test_float32_loses_no_digits_to_long_histories(method):
   u = 1 + smooth(4096)[None, :, None]
@@ -363,9 +403,10 @@ def test_what_does_not_fit_is_refused(arguments, options, message):
 def test_dynamics_that_do_not_exist_are_refused():
   with pytest.raises(ValueError, match="unknown scheme 'heun'"):
     ApproximateLegS(2, 'heun')
-  for measure in (FouS(), LegS('legendre')):
-    with pytest.raises(ValueError, match='has no exact steps'):
-      dynamics_of(measure, 3)
+  with pytest.raises(ValueError, match='has no exact steps'):
+    dynamics_of(LegS('legendre'), 3)
+  with pytest.raises(ValueError, match='an odd number; got 4'):
+    dynamics_of(FouS(), 4)
   with pytest.raises(ValueError, match='at least one state'):
     ExactLegS(0)
   assert isinstance(dynamics_of(LegT(), 2), ConstantDynamics)
