@@ -249,25 +249,54 @@ def test_complex_numbers_are_pairs_of_real_ones():
   assert jax.grad(total)(jnp.full(S, 0.5)).dtype == jnp.float32
 
 
-@pytest.mark.parametrize('method', ['sequential', 'chunked', 'associative'])
-def test_long_sequences_keep_their_digits(method):
-  length = 65536
-  decay = np.array([0.99, 0.9999, 1.0, np.exp(-30)])
-  input = rng.normal(size=(1, length, 4))
-  run = jax.jit(functools.partial(linear_recurrence, method=method))
-  single = jnp.asarray(decay, jnp.float32), jnp.asarray(input, jnp.float32)
-  # float32 rounds 0.9999 itself by 3e-8, which after its memory of 10^4 steps
-  # is 3e-4: compare with what was rounded.
-  rounded = np.asarray(single[0], np.float64)
-  states, state = [], np.zeros(4)
-  for t in range(length):
-    state = rounded * state + np.asarray(input[0, t], np.float32)
-    states.append(state)
-  states = np.array(states)
-  scale = np.abs(states).max(axis=0)
-  error = np.abs(run(*single).states[0] - states) / scale
-  assert error.max() < 1e-3
-  assert error[:, [0, 3]].max() < 1e-5
+LONG = 65536
+LONG_DECAY = np.array([0.99, 0.9999, 1.0, 0.0, np.exp(-30)])
+LONG_INPUT, LONG_BAR = rng.normal(size=(2, 1, LONG, 5))
+# Largest errors in float32, over the largest value: of states and gradients of
+# inputs at decays of 0.99, 0.9999, 1 and less, and of gradients of decays.
+LONG_BOUNDS = {
+  'sequential': (1e-6, 8e-6, 8e-6, 2e-7, 8e-6),
+  'chunked': (2e-6, 4e-5, 8e-6, 2e-7, 4e-5),
+  'associative': (2e-6, 4e-5, 8e-6, 2e-7, 4e-5),
+}
+
+
+@functools.cache
+def long_loop(dtype):
+  """States and gradients by loops in float64, of what `dtype` makes of them."""
+  rounded = (LONG_DECAY, LONG_INPUT[0], LONG_BAR[0])
+  decay, input, bar = (x.astype(dtype).astype(np.float64) for x in rounded)
+  states, input_bar = np.zeros((2, LONG + 1, 5))
+  for t in range(LONG):
+    states[t] = decay * states[t - 1] + input[t]
+  for t in range(LONG)[::-1]:
+    input_bar[t] = decay * input_bar[t + 1] + bar[t]
+  decay_bar = np.sum(input_bar[1:LONG] * states[: LONG - 1], axis=0)
+  return states[:LONG], decay_bar, input_bar[:LONG]
+
+
+@pytest.mark.parametrize('method', LONG_BOUNDS)
+def test_long_sequences_keep_their_digits_and_so_do_gradients(method):
+  @jax.jit
+  def results(decay, input, bar):
+    run = lambda *x: linear_recurrence(*x, method=method).states
+    states, pull = jax.vjp(run, decay, input)
+    return states, *pull(bar)
+
+  def errors(dtype):
+    point = (jnp.asarray(x, dtype) for x in (LONG_DECAY, LONG_INPUT, LONG_BAR))
+    states, decay_bar, input_bar = results(*point)
+    actual = states[0], decay_bar, input_bar[0]
+    for ours, true in zip(actual, long_loop(dtype), strict=True):
+      largest = lambda x: abs(x).max(axis=0) if x.ndim > 1 else abs(x)
+      yield largest(ours - true) / largest(true)
+
+  with jax.enable_x64(True):
+    assert np.max(list(errors(np.float64))) < 1e-10
+  near, far, one, less, of_decay = LONG_BOUNDS[method]
+  states, decay_bar, input_bar = errors(np.float32)
+  assert (np.maximum(states, input_bar) < (near, far, one, less, less)).all()
+  assert decay_bar.max() < of_decay
 
 
 def test_half_precision_is_for_inputs_only():
