@@ -15,6 +15,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax import Array
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -87,6 +88,12 @@ PACKED = np.array(
 ONES = np.ones((BATCH, LENGTH), np.int32)
 
 
+def floats(tree: Any) -> list[Array]:
+  """Returns the leaves that have gradients."""
+  leaves = jax.tree.leaves(tree)
+  return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+
 class Lab:
   """A mixer with parameters, an input, and compiled ways to run it."""
 
@@ -99,9 +106,32 @@ class Lab:
     self.variables = jax.jit(self.mixer.init)(self.key, self.x_BLD)
     self.run = jax.jit(self._run)
     self.gradient = jax.jit(jax.value_and_grad(self.loss, argnums=(0, 1)))
+    self.backward = jax.jit(self._backward)
 
   def _run(self, variables, x_BLD, state=None, segments_BL=None):
     return self.mixer.apply(variables, x_BLD, state, segments_BL=segments_BL)
+
+  def _backward(self, variables, x_BLD, state, bars):
+    """Takes gradients back through a piece, from its last state to its first.
+
+    Args:
+      variables: of the mixer.
+      x_BLD: the piece.
+      state: before it.
+      bars: gradients for the floating-point leaves of the state after it.
+
+    Returns:
+      Gradients for variables, piece and the same leaves of the state before.
+    """
+
+    def loss(variables, x_BLD, state):
+      y_BLD, state = self._run(variables, x_BLD, state)
+      later = map(jnp.vdot, bars, floats(state))
+      return jnp.sum(jnp.sin(y_BLD)) + sum(later)
+
+    gradient = jax.grad(loss, argnums=(0, 1, 2), allow_int=True)
+    *rest, state_bar = gradient(variables, x_BLD, state)
+    return *rest, floats(state_bar)
 
   def gradient_on(self, mesh):
     """Returns `gradient`, compiled for a mesh."""
@@ -225,6 +255,22 @@ class MixerConformance:
     kept = segments_BL[0] == 1
     short_BLD, _ = lab.run(lab.variables, lab.x_BLD[:, kept])
     lab.near(y_BLD[0, kept], short_BLD[0])
+
+  def test_state_takes_gradients_to_the_pieces_before(self, lab):
+    ones_BL1 = np.ones((BATCH, LENGTH, 1), np.float32)
+    _, whole = lab.gradient(lab.variables, lab.x_BLD, ONES, ones_BL1)
+    pieces = lab.x_BLD[:, :HALF], lab.x_BLD[:, HALF:]
+    _, middle = lab.run(lab.variables, pieces[0], lab.state())
+    nothing = [jnp.zeros_like(x) for x in floats(middle)]
+    last, late_BLD, bars = lab.backward(
+      lab.variables, pieces[1], middle, nothing
+    )
+    first, early_BLD, _ = lab.backward(
+      lab.variables, pieces[0], lab.state(), bars
+    )
+    x_bar_BLD = jnp.concatenate([early_BLD, late_BLD], axis=1)
+    parts = jax.tree.map(jnp.add, first, last), x_bar_BLD
+    lab.near(parts, whole, 5 * lab.case.tolerance)
 
   def test_packed_segments_are_as_if_alone(self, lab):
     packed_BLD, _ = lab.run(lab.variables, lab.x_BLD, None, PACKED)

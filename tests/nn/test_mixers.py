@@ -157,9 +157,10 @@ class TestMixers(MixerConformance):
       variant=True,
     ),
     MixerCase(
-      'hippo_rnn',
-      HippoRNN(size=3, memories=2, hidden=6, measure=LegT(6.0)),
-      gathers=True,
+      'hippo_rnn', HippoRNN(size=3, memories=2, hidden=6), gathers=True
+    ),
+    MixerCase(
+      'hippo_rnn_window', HippoRNN(size=3, measure=LegT(6.0)), variant=True
     ),
     MixerCase('mamba', Mamba(state_size=2, chunk=5)),
     MixerCase(
@@ -183,12 +184,16 @@ class TestMixers(MixerConformance):
       RecurrentBlock(width=8, recurrence=RGLRU(num_heads=2, chunk=5)),
     ),
     MixerCase('rwkv4', RWKV4(layer=1, layers=3, chunk=5)),
+    MixerCase('rwkv4_chunked', RWKV4(method='chunked', chunk=5), variant=True),
     MixerCase('rwkv4_channel_mixing', RWKV4ChannelMixing(hidden=8)),
     MixerCase('lru', LRU(state_size=6, r_min=0.5)),
     MixerCase(
       'slru_chunked',
       LRU(state_size=6, is_real=True, method='chunked', chunk=5),
       variant=True,
+    ),
+    MixerCase(
+      'lru_encoder', LRU(state_size=6, bidirectional=True), variant=True
     ),
     MixerCase('s5', S5(state_size=8, blocks=2, step_min=0.1, step_max=0.5)),
     MixerCase(
