@@ -14,9 +14,11 @@ from jaxformers.nn import Block
 from jaxformers.nn import FeedForward
 from jaxformers.nn import Learned
 from jaxformers.nn import Stack
+from jaxformers.nn.mixers import LRU
 from jaxformers.nn.mixers import RTF
 from jaxformers.nn.mixers import S4
 from jaxformers.nn.mixers import Attention
+from jaxformers.nn.mixers import Mamba
 from jaxformers.ops import Rotary
 
 KEY = jax.random.key(0)
@@ -75,6 +77,16 @@ def attention_model():
     stack=Stack(Block(mixer, FeedForward(32)), 2),
     position=Learned(100),
   )
+
+
+def hybrid_model():
+  mixers = (
+    LRU(state_size=8, r_min=0.8),
+    Mamba(state_size=4),
+    Attention(num_heads=2, position=Rotary()),
+  )
+  stack = Stack(tuple(map(Block, mixers)), 3)
+  return LanguageModel(vocab_size=23, width=16, stack=stack)
 
 
 @functools.cache
@@ -152,6 +164,25 @@ def test_greedy_equals_running_the_whole_sequence_for_each_token(
   expected = [greedy_without_state(*model_and_variables, p, 7) for p in prompts]
   assert rows_of(out) == expected
   assert len({tuple(row) for row in expected}) == 3
+  assert max(len(set(row)) for row in expected) > 3
+
+
+def test_greedy_equals_whole_sequences_where_layers_are_recurrent():
+  model = hybrid_model()
+  prompts = prompts_of(11, 1)
+  out = generate(
+    model,
+    initialised(model),
+    prompts,
+    max_new_tokens=7,
+    max_length=100,
+    sampler=GREEDY,
+    key=KEY,
+  )
+  expected = [
+    greedy_without_state(model, initialised(model), p, 7) for p in prompts
+  ]
+  assert rows_of(out) == expected
   assert max(len(set(row)) for row in expected) > 3
 
 
