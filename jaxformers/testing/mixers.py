@@ -49,8 +49,9 @@ class MixerCase:
     gathers: whether each device reads whole sequences where a mesh cuts them, as
       steps that depend on all before do, unless they are linear.
     variant: whether it differs from another row in parts only that know nothing
-      of transformations. It is then spared scan and remat, vmap, several devices
-      and lowering, which the other row shows and which take most of the time.
+      of transformations. It is then spared scan and remat, vmap, gradients through
+      states, several devices and lowering, which the other row shows and which
+      take most of the time.
   """
 
   name: str
@@ -66,6 +67,7 @@ class MixerCase:
 TRANSFORMATIONS = (
   'test_scan_equals_loop_and_remat_equals_plain',
   'test_vmap_equals_loop',
+  'test_state_takes_gradients_to_the_pieces_before',
   'test_eight_devices_equal_one',
   'test_sequences_that_are_cut_are_not_gathered',
   'test_it_lowers_for_cpu_cuda_and_tpu',
