@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxformers.ops import Modes
+from jaxformers.ops import check_decay
 from jaxformers.ops import discretize
 from jaxformers.ops import lti_convolution
 from jaxformers.ops import mode_kernel
@@ -253,7 +254,7 @@ def test_the_rational_kernel_is_that_of_its_companion():
     kernel = rational.rtf_kernel(numerator, denominator, length)
     near(kernel[0, :4], [0.999994, 0.999999, -0.000003, 0.099998], 1e-6)
     matrix = rational.rtf_matrix(jnp.asarray(denominator))
-    readout = state_spaces.recover_readout(numerator, matrix, length)
+    readout = rational.rtf_readout(numerator, jnp.asarray(denominator), length)
     again = state_spaces.truncate_readout(readout, matrix, length)
     doubled = state_spaces.double_readout(numerator, matrix, length)
     longer = rational.rtf_kernel(doubled, denominator, 2 * length)
@@ -275,6 +276,15 @@ def test_the_rational_kernel_is_that_of_its_companion():
     powers.append(c @ state)
     state = matrix[0] @ state
   near(kernel[0], powers, 1e-14)
+
+
+def test_poles_tell_whether_a_rational_kernel_grows():
+  # (z - 2) (z - 0.5) and (z - 0.9 i) (z + 0.9 i).
+  poles = rational.rtf_poles(np.array([[-2.5, 1.0], [0.0, 0.81]], np.float32))
+  near(np.sort(abs(poles)), [[0.5, 2], [0.9, 0.9]], 1e-6)
+  check_decay(poles[1])
+  with pytest.raises(ValueError, match=r'the first with \|decay\| = 2'):
+    check_decay(poles[0])
 
 
 def test_one_pole_makes_a_geometric_kernel():
@@ -322,6 +332,7 @@ def test_what_does_not_fit_is_said():
     ("did you mean 'lin'", lambda: state_spaces.diagonal_form('linear', 4)),
     ('must be even', lambda: state_spaces.diagonal_form('lin', 3)),
     ('longer than', lambda: rational.rtf_kernel(*RTF, 4)),
+    ('longer than', lambda: rational.rtf_readout(*RTF[::-1], 4)),
   ):
     with pytest.raises(ValueError, match=match):
       function()
