@@ -1,4 +1,4 @@
-"""Which layers forget nothing: decays that have grown larger than 1.
+"""Which layers have states that grow: those with decays larger than 1.
 
 States of a recurrence whose decay is larger than 1 grow without bound. Most mixers
 rule that out by how they are parameterised; those that do not, such as
@@ -89,6 +89,6 @@ def growing_layers(metrics: Mapping[str, float]) -> str:
     return ''
   shown = ', '.join(f'{layer} ({size:.6g})' for layer, size in sizes.items())
   return (
-    f' Decays are larger than 1 in {shown}: states grow there with the length;'
-    ' keep them below by clip_eigs=True.'
+    f' Decays are larger than 1 in {shown}: states grow there with the length.'
+    ' S5 keeps them below with clip_eigs=True.'
   )

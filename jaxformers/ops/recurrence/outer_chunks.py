@@ -7,6 +7,11 @@ channel of its keys, and may be the same for all rows or heads.
 Each way through the steps takes whether steps read before they write, C, the
 state before all steps, and the steps; it returns `[B, L, H, V]` that was read,
 and the last state.
+
+Products keep the digits of float32 where queries, keys and values have them: TPUs
+round factors to bfloat16 if nothing is said. Where one of the three is bfloat16
+itself nothing is said, since its own rounding outweighs theirs. Decays, and sums
+over chunks, have at least float32 in any case.
 """
 
 import functools
@@ -59,7 +64,7 @@ class Chunk(NamedTuple):
 def precision_of(*arrays: Array) -> str | None:
   """Returns the precision of matrix products of what is made of arrays.
 
-  Source: none; see above.
+  Source: none; see the head of this file.
 
   Args:
     *arrays: such as queries, keys and values.
@@ -70,7 +75,6 @@ def precision_of(*arrays: Array) -> str | None:
 
 def in_turns(before: bool, chunk: int, state: Array, steps: Steps):
   """Goes from chunk to chunk; keeps for the backward pass only the states."""
-
   read = functools.partial(jnp.matmul, precision=steps.precision)
 
   def turn(state, chunk_steps):
