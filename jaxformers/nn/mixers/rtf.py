@@ -21,9 +21,9 @@ from jaxformers.ops import segments
 from jaxformers.ops.rational import rtf_convolution
 from jaxformers.ops.rational import rtf_kernel
 from jaxformers.ops.rational import rtf_matrix
+from jaxformers.ops.rational import rtf_readout
 from jaxformers.ops.recurrence.convolution import kernel_convolution
 from jaxformers.ops.state_spaces import double_readout
-from jaxformers.ops.state_spaces import recover_readout
 
 
 class RTFState(NamedTuple):
@@ -133,9 +133,8 @@ class RTF(nn.Module):
 
   def _recover(self, numerators, denominator_DS):
     """Returns the numerators of a recurrence, for all directions."""
-    matrix_DST = rtf_matrix(denominator_DS)
     recovered = [
-      recover_readout(b_DS, matrix_DST, self.length) for b_DS in numerators
+      rtf_readout(b_DS, denominator_DS, self.length) for b_DS in numerators
     ]
     return jnp.stack(recovered, axis=1)
 

@@ -108,11 +108,12 @@ def fastest_method(platform: str) -> LinearMethod:
 
   On a CPU a loop over the steps is nearest to the speed of memory, and anything
   parallel makes several passes. On accelerators each turn of a loop has a cost,
-  so that turns must be few and each must do much. On TPUs `'pallas'` is faster
-  still, but must be asked for: only who calls knows whether arrays are split
-  over devices.
+  so that turns must be few and each must do much; that is a judgement from
+  compiled programs, not measured on one. On TPUs `'pallas'` passes over memory
+  once, but must be asked for: only who calls knows whether arrays are split over
+  devices.
 
-  Source: none; our measurements (`experiments/benchmarks/recurrence.py`).
+  Source: none; on CPUs our measurements (`experiments/benchmarks/recurrence.py`).
 
   Args:
     platform: as JAX calls it: `'cpu'`, `'cuda'`, `'tpu'`, ...

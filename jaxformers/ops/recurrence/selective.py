@@ -15,6 +15,7 @@ from jaxtyping import Float, Inexact
 from jaxformers.ops.recurrence.chunks import scan_chunks
 from jaxformers.ops.recurrence.devices import entering
 from jaxformers.ops.recurrence.devices import last_of_all
+from jaxformers.ops.recurrence.platform import by_platform
 from jaxformers.ops.recurrence.selective_tpu import Tokens
 from jaxformers.ops.recurrence.selective_tpu import run_selective
 from jaxformers.ops.recurrence.varying import varying_alike
@@ -147,20 +148,16 @@ class _Rule(NamedTuple):
 
 def _run(rule, method, chunk, tokens, constants, state_BGSE):
   """Returns what is read, and the last state, by a method."""
-  run = {
+  run_by = {
     'fused': functools.partial(_in_chunks, chunk, _by_steps),
     'chunked': functools.partial(_in_chunks, chunk, _in_parallel),
     'associative': functools.partial(_whole, _associative),
     'sequential': functools.partial(_whole, _sequential),
     'pallas': _on_tpu,
   }
-  given = tokens, constants, state_BGSE
-  if method != 'auto':
-    return run[method](rule, *given)
-  of_cpu, of_others = (
-    functools.partial(run[name], rule) for name in ('fused', 'chunked')
-  )
-  return jax.lax.platform_dependent(*given, cpu=of_cpu, default=of_others)
+  by = lambda method: functools.partial(run_by[method], rule)
+  methods = {'cpu': 'fused', 'elsewhere': 'chunked'}
+  return by_platform(method, by, tokens, constants, state_BGSE, **methods)
 
 
 def _inputs(x_BLE, step_BLE, a_ES, b, c, step_bias_E, places):
