@@ -40,9 +40,13 @@ peak rates of the hardware's data sheets: if arithmetic, memory and communicatio
 overlap wholly, and if not at all. Utilisation is that of the former, and counts no
 recomputation.
 
-The first table of each machine has the best of the search, compiled as a run would
-compile them. All candidates below it were compiled with `--fast`, which says well what
-fits; what is read, written and sent is not that of a run.
+The first table of each machine has the two best of the search, compiled as a run
+compiles them. The second has all candidates, compiled with `--fast`: that says what
+fits, and which to compile again, but what they read, write and send is not quite that
+of a run.
+
+With `fsdp=256` on v5p:4x8x8 the compiler gathers parameters by all-reduces, with
+`--fast` and without, and so sends more than on v5e.
 """
 
 
