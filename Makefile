@@ -12,7 +12,7 @@ help:
 	@echo "make lint    set up and check format and lint"
 	@echo "make figures  set up, draw all figures and write all generated pages anew"
 	@echo "make site    set up and build the documentation into build/site"
-	@echo "make lock    resolve requirements.lock anew"
+	@echo "make lock    resolve requirements.lock and requirements-tpu.lock anew"
 	@echo "make clean   remove the virtual environment and what was built"
 	@echo "options: PYTHON=python3.12 VENV=.venv-3.12 TESTS='--thin tests/ops'"
 
@@ -34,9 +34,8 @@ test: $(DONE)
 # An environment of its own: with that compiler installed, JAX looks for TPUs.
 test-tpu:
 	$(MAKE) setup VENV=$(VENV)-tpu
-	$(VENV)-tpu/bin/python -c 'import libtpu' 2>/dev/null || \
-	  $(VENV)-tpu/bin/uv pip install --quiet --python $(VENV)-tpu/bin/python \
-	  --constraint requirements.lock 'jax[tpu]'
+	$(VENV)-tpu/bin/uv pip install --quiet --python $(VENV)-tpu/bin/python \
+	  -r requirements-tpu.lock
 	$(VENV)-tpu/bin/python -m pytest -q tests/aot tests/ops/recurrence/test_tpu.py
 
 lint: $(DONE)
@@ -56,6 +55,9 @@ site: $(DONE)
 lock:
 	uv pip compile --universal --generate-hashes --no-header --quiet \
 	  --python-version 3.11 --extra dev pyproject.toml -o requirements.lock
+	echo 'jax[tpu]' | uv pip compile - --universal --generate-hashes --no-header \
+	  --quiet --python-version 3.11 --constraint requirements.lock \
+	  -o requirements-tpu.lock
 
 clean:
 	rm -rf $(VENV) build
