@@ -7,7 +7,7 @@ its links and of its network, and beside the time of its arithmetic, it says how
 far the model scales before communication is what takes longest.
 
 `python scripts/weak_scaling.py` compiles, which needs
-`pip install 'jaxformers[tpu]'` and some minutes, and writes
+`pip install 'jaxformers[tpu]'` and a quarter of an hour, and writes
 `launch/reports/weak_scaling.json`; `--draw` draws `docs/figures/weak_scaling.png`
 from it alone.
 """
