@@ -123,8 +123,8 @@ def lti_convolution(
   `'sequential'` goes step by step and is for few tokens; it keeps one state per
   chunk for the backward pass. `'auto'` is sequential for up to `FEW` tokens and
   chunked for more, on all platforms: no slower forward than `'fft'` on CPUs, and
-  exactly causal, though with backward it takes 1.6 times as long at 1024 tokens
-  (`experiments/benchmarks/state_spaces.py`), and less from 16384.
+  exactly causal, though with backward it takes up to 1.8 times as long at 1024
+  tokens (`experiments/benchmarks/state_spaces.py`), and less from 16384.
 
   Where rows are packed or padded, tokens of a chunk are moved together, which
   leaves padding out of the lags, and the Toeplitz products become sums over lags
