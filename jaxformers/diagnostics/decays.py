@@ -33,7 +33,7 @@ _TOLERANCE = 1e-6
 def decay_report(
   model: nn.Module, variables: Any, *inputs: Any, **options: Any
 ) -> dict[str, Float[Array, '']]:
-  """Runs a model and returns the largest |decay| of each layer that may grow.
+  """Runs a model and returns the largest `|decay|` of each layer that may grow.
 
   Source: none; sums of geometric series.
 
