@@ -228,8 +228,15 @@ class Module:
       islands: how many of them there are.
     """
     # One collective may be spread over several fusions, which share its
-    # channel: of those the largest counts.
+    # channel: of those the largest counts. Outside of fusions each counts:
+    # all that `shard_map` makes have channel 1.
     found = {}
+    fused = {
+      instruction.attribute('calls')
+      for body in self.computations.values()
+      for instruction in body.values()
+      if instruction.opcode == 'fusion'
+    }
     everywhere = self._walk(self.entry, 1, into_fusions=True)
     for computation, instruction, times in everywhere:
       if found_far := self._far(instruction, times, islands):
@@ -243,7 +250,8 @@ class Module:
       # TPUs fuse an all-reduce with the slice that is kept of it.
       if kind == 'all-reduce' and computation.startswith('all-reduce-scatter'):
         kind, size = 'reduce-scatter', size / max(group, 1)
-      key = kind, channel[1] if channel else instruction.name
+      shared = channel and computation in fused
+      key = kind, channel[1] if shared else instruction.name
       if key not in found or size > found[key].bytes:
         sent = size * _SENT[kind](group)
         found[key] = Collective(kind, size, sent, group, crosses)

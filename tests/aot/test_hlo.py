@@ -175,3 +175,19 @@ channel_id=2, replica_groups={}
 def test_groups_in_an_unknown_notation_are_refused():
   with pytest.raises(ValueError, match='cannot read the groups .*=new'):
     _members('replica_groups=new[2]', 8)
+
+
+def test_all_that_shard_map_makes_counts_though_it_shares_a_channel(mesh):
+  def round_the_ring(x, y):
+    turn = [(i, (i + 1) % 8) for i in range(8)]
+    x, y = (jax.lax.ppermute(a, 'fsdp', turn) for a in (x, y))
+    return x, jnp.sin(y)
+
+  spec = PartitionSpec('fsdp')
+  function = jax.shard_map(
+    round_the_ring, mesh=mesh, in_specs=spec, out_specs=spec
+  )
+  rows = (16, 64), on(mesh, 'fsdp')
+  found = compiled(function, rows, rows).collectives(island=8)
+  assert {c.kind for c in found} == {'collective-permute'}
+  assert sum(c.bytes for c in found) == 2 * 4 * 2 * 64
