@@ -12,7 +12,6 @@ cost of training stay what they are.
 """
 
 from collections.abc import Mapping
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +21,7 @@ from jaxtyping import Float
 import numpy as np
 
 from jaxformers.diagnostics.layers import by_layer
+from jaxformers.diagnostics.layers import sown_by
 from jaxformers.ops.attention_diagnostics import TOP_K
 from jaxformers.ops.attention_diagnostics import AttentionDiagnostics
 
@@ -70,14 +70,8 @@ def attention_report(
   Raises:
     ValueError: if nothing in the model measures attention.
   """
-  sown = _run(model, variables, inputs, options)
+  sown = sown_by(model, 'diagnostics', variables, inputs, options)
   return attention_by_layer(sown, variables.get('params', {}))
-
-
-@functools.partial(jax.jit, static_argnames='model')
-def _run(model, variables, inputs, options):
-  _, sown = model.apply(variables, *inputs, mutable=['diagnostics'], **options)
-  return sown.get('diagnostics', {})
 
 
 def attention_by_layer(

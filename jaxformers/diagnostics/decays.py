@@ -15,15 +15,14 @@ loss that is not finite names the layers that are to blame.
 """
 
 from collections.abc import Mapping
-import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
 from jax import Array
 from jaxtyping import Float
 
 from jaxformers.diagnostics.layers import by_layer
+from jaxformers.diagnostics.layers import sown_by
 
 NAME = 'largest_decay'
 # What rounding may add to a decay of 1.
@@ -47,14 +46,8 @@ def decay_report(
     Numbers by layer, named as by `attention_report`; nothing of layers whose
     decays are at most 1 whatever their parameters are.
   """
-  sown = _run(model, variables, inputs, options)
+  sown = sown_by(model, 'decays', variables, inputs, options)
   return by_layer(sown, variables.get('params', {}), NAME)
-
-
-@functools.partial(jax.jit, static_argnames='model')
-def _run(model, variables, inputs, options):
-  _, sown = model.apply(variables, *inputs, mutable=['decays'], **options)
-  return sown.get('decays', {})
 
 
 def decay_metrics(

@@ -1,12 +1,37 @@
 """What layers have sown, sorted by layer, whether they are scanned or not."""
 
 from collections.abc import Iterator, Mapping
+import functools
 import re
 from typing import Any
 
+import flax.linen as nn
 import jax
 
 from jaxformers.nn.depth import unroll
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'collection'))
+def sown_by(
+  model: nn.Module,
+  collection: str,
+  variables: Any,
+  inputs: tuple[Any, ...],
+  options: dict[str, Any],
+) -> Mapping[str, Any]:
+  """Runs a model and returns what its layers have sown, compiled once for each.
+
+  Source: none; a property of this library.
+
+  Args:
+    model: the model, which must hash.
+    collection: into which they sow.
+    variables: its variables.
+    inputs: what it takes.
+    options: what it takes by name.
+  """
+  _, sown = model.apply(variables, *inputs, mutable=[collection], **options)
+  return sown.get(collection, {})
 
 
 def by_layer(

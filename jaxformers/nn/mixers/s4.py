@@ -44,8 +44,8 @@ class S4(nn.Module):
     four times, ... the length, which takes `O(N^3 log length)` per channel;
   - with a state, or with packing: a recurrence in steps of `O(N)`, after C has
     been recovered from C~ at the same price: in every call, or once for many, as
-    in decoding, with the collection `'prepared'` (see `prepared` beside this).
-    So packed training is slow; `S4D` has neither restriction.
+    in decoding, with the collection `'prepared'`
+    (`jaxformers.nn.mixers.state_space.prepared`). So packed training is slow; `S4D` has neither restriction.
 
   Where the mesh of a run cuts sequences, devices exchange tokens for channels, and
   each convolves whole sequences of its share of the channels.

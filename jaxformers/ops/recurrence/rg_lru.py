@@ -103,8 +103,9 @@ def rg_lru(
   )
 
   def by(method):
-    run = _in_turns if method == 'fused' else _at_once
-    return functools.partial(run, method, chunk, axis_name)
+    if method == 'fused':
+      return functools.partial(_in_turns, chunk, axis_name)
+    return functools.partial(_at_once, method, chunk, axis_name)
 
   arrays = state_BD, rate_D, inputs
   methods = {'cpu': 'fused', 'elsewhere': 'chunked'}
@@ -128,9 +129,8 @@ def _gated(rate_D, inputs):
   return jnp.where(is_token, decay, 1), write
 
 
-def _in_turns(method, chunk, axis_name, state_BD, rate_D, inputs):
+def _in_turns(chunk, axis_name, state_BD, rate_D, inputs):
   """Goes from token to token, with the gates of a chunk at a time."""
-  del method
 
   def go(state_BD, inputs):
     def step(state_BD, inputs):

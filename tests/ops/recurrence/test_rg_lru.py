@@ -162,16 +162,3 @@ def test_what_does_not_fit_is_refused():
     rg_lru(X, INPUT, RECURRENCE, DECAY, method='associative', chunk=3)
   with pytest.raises(ValueError, match="unknown method 'sequential'"):
     rg_lru(X, INPUT, RECURRENCE, DECAY, method='sequential')
-
-
-def test_the_loop_is_for_cpus():
-  shapes = [jax.ShapeDtypeStruct((2, 200, 4), jnp.float32)] * 3
-
-  def program(platform, method):
-    run = jax.jit(lambda *arrays: rg_lru(*arrays, jnp.ones(4), method=method))
-    return jax.export.export(run, platforms=(platform,))(*shapes).mlir_module()
-
-  for platform, method in (('cpu', 'fused'), ('tpu', 'chunked')):
-    count = program(platform, 'auto').count('stablehlo.multiply')
-    assert count == program(platform, method).count('stablehlo.multiply')
-  assert program('cpu', 'fused') != program('cpu', 'chunked')

@@ -166,7 +166,7 @@ def test_the_kernels_for_tpus_compute_the_same(discretization, monkeypatch):
   )
   arrays = x, step, -jnp.exp(rate).at[0, 0].set(0), b, c, initial
   number_BL = np.ones((B, length), int)
-  number_BL[0, 9:12], number_BL[1, 17:], number_BL[1, 4:] = 0, 0, 7
+  number_BL[0, 9:12], number_BL[1, 4:], number_BL[1, 17:] = 0, 7, 0
   places, _ = advance(start(B), jnp.asarray(number_BL))
 
   def loss(*arrays, places, method):
@@ -277,7 +277,7 @@ def test_what_does_not_fit_is_refused():
     run(A, b, c, discretization='bilinear')
   with pytest.raises(ValueError, match='chunk=4 needs'):
     run(A, b, c, method='associative', chunk=4)
-  with pytest.raises(ValueError, match=r'varies|got float32, b \[4, 3\]'):
+  with pytest.raises(ValueError, match=r'got float32, b \[4, 3\]'):
     run(A, np.real(CONSTANT[0]), c, method='pallas')
   with pytest.raises(ValueError, match='got complex64'):
     run(ROTATING, b, c, method='pallas')

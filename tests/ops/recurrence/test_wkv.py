@@ -158,16 +158,3 @@ def test_what_does_not_fit_is_refused():
     wkv(KEY, VALUE, LOG_DECAY, BONUS, method='associative', chunk=3)
   with pytest.raises(ValueError, match="unknown method 'tree'"):
     wkv(KEY, VALUE, LOG_DECAY, BONUS, method='tree')
-
-
-def test_the_loop_is_for_cpus():
-  shapes = jax.ShapeDtypeStruct((2, 200, 4), jnp.float32), jnp.zeros(4)
-
-  def program(platform, method):
-    run = jax.jit(lambda x, gain: wkv(x, x, gain, gain, method=method))
-    return jax.export.export(run, platforms=(platform,))(*shapes).mlir_module()
-
-  for platform, method in (('cpu', 'fused'), ('tpu', 'chunked')):
-    count = program(platform, 'auto').count('stablehlo.multiply')
-    assert count == program(platform, method).count('stablehlo.multiply')
-  assert program('cpu', 'fused') != program('cpu', 'chunked')
