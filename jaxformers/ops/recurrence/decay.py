@@ -100,7 +100,7 @@ def score(
   query_BHCK: Float[Array, 'B H C K'],
   key_BHCK: Float[Array, 'B H C K'],
   log_decay_BHCK: Float[Array, '#B H C K'],
-  dot: Callable[[Array, Array], Array] = jnp.matmul,
+  dot: Callable[[Array, Array], Array],
   *,
   before: bool = False,
 ) -> tuple[Float[Array, 'B H C C'], Decays]:
